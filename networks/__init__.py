@@ -1,0 +1,103 @@
+"""Networks of dataset distillation by name.
+
+Parameter order and shapes match the published code, so that its buffers (lists of tensors) load unchanged.
+"""
+
+import re
+
+from networks.alexnet import AlexNet
+from networks.convnet import ConvNet
+from networks.lenet import LeNet
+from networks.mlp import MLP
+from networks.resnet import ResNet
+from networks.vgg import VGG
+
+CONVNET_VARIANTS = {
+    "AS": {"act": "sigmoid"},
+    "AR": {"act": "relu"},
+    "AL": {"act": "leakyrelu"},
+    "NN": {"norm": "none"},
+    "BN": {"norm": "batch"},
+    "LN": {"norm": "layer"},
+    "IN": {"norm": "instance"},
+    "GN": {"norm": "group"},
+    "NP": {"pool": "none"},
+    "MP": {"pool": "max"},
+    "AP": {"pool": "avg"},
+    "GAP": {"global_pool": True},
+    "KIP": {"norm": "none", "width": 1024},
+}
+CONVNET_VARIANTS |= {f"D{depth}": {"depth": depth} for depth in range(1, 9)}
+CONVNET_VARIANTS |= {f"W{width}": {"width": width} for width in (32, 64, 128, 256, 512, 1024)}
+
+RESNET_DEPTHS = (10, 18, 34, 50, 101, 152)
+
+NAMES = (
+    ["ConvNet", *(f"ConvNet{variant}" for variant in CONVNET_VARIANTS), "MLP", "LeNet", "AlexNet"]
+    + [f"VGG{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "BN")]
+    + [f"ResNet{depth}{kind}" for depth in RESNET_DEPTHS for kind in ("", "BN", "_AP", "BN_AP")]
+    + ["ResNet18ImageNet", "ResNet6ImageNet"]
+)
+
+
+def get_network(name, channel, num_classes, im_size):
+    """Return a freshly initialised network of the MTT family.
+
+    ConvNets have three blocks, two below 16 pixels (the bundled digits have 8), unless their name gives the depth.
+
+    Args:
+        name: one of `NAMES`.
+        channel: input channels.
+        num_classes: outputs.
+        im_size: input height and width in pixels, an int or a pair of equal ints.
+
+    Raises:
+        ValueError: unknown name, pictures that are not square, or pictures too small for the network.
+    """
+    if not isinstance(im_size, int):
+        height, width = im_size
+        if height != width:
+            raise ValueError(f"square pictures expected, found {height}x{width}")
+        im_size = height
+    shape = {"channel": channel, "num_classes": num_classes, "im_size": im_size}
+    if name.startswith("ConvNet") and (name == "ConvNet" or name[7:] in CONVNET_VARIANTS):
+        depth = 2 if im_size < 16 else 3
+        return ConvNet(**shape, **{"depth": depth, **CONVNET_VARIANTS.get(name[7:], {})})
+    if name in ("MLP", "LeNet", "AlexNet"):
+        return {"MLP": MLP, "LeNet": LeNet, "AlexNet": AlexNet}[name](**shape)
+    if match := re.fullmatch(r"VGG(11|13|16|19)(BN)?", name):
+        return VGG(**shape, depth=int(match[1]), norm="batch" if match[2] else "instance")
+    if match := re.fullmatch(r"ResNet(18|6)ImageNet", name):
+        return ResNet(**shape, depth=int(match[1]), imagenet=True)
+    if match := re.fullmatch(r"ResNet(10|18|34|50|101|152)(BN)?(_AP)?", name):
+        norm = "batch" if match[2] else "instance"
+        return ResNet(**shape, depth=int(match[1]), norm=norm, average=bool(match[3]))
+    raise ValueError(f"unknown network {name!r}; known: {', '.join(NAMES)}")
+
+
+def eval_pool(eval_mode, model):
+    """Return the names of the networks that `eval_mode` evaluates with (MTT's pools).
+
+    Args:
+        eval_mode: S (self), M (many), W (width), D (depth), A (activation), P (pooling), N (normalisation) or
+            C (the distillation network and ConvNet).
+        model: the network of the distillation; its BN suffix is dropped in mode S.
+
+    Raises:
+        ValueError: unknown mode.
+    """
+    if eval_mode == "S":
+        return [model.replace("BN", "")]
+    if eval_mode == "C":
+        return list(dict.fromkeys([model, "ConvNet"]))
+    pools = {
+        "M": ["ConvNet", "AlexNet", "VGG11", "ResNet18_AP", "ResNet18"],
+        "W": ["ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"],
+        "D": ["ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"],
+        "A": ["ConvNetAS", "ConvNetAR", "ConvNetAL"],
+        "P": ["ConvNetNP", "ConvNetMP", "ConvNetAP"],
+        "N": ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"],
+    }
+    if eval_mode not in pools:
+        raise ValueError(f"unknown eval_mode {eval_mode!r}; known: S, {', '.join(pools)}, C")
+    return pools[eval_mode]

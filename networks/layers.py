@@ -1,0 +1,43 @@
+"""Normalisation, activation and pooling layers that the network families share."""
+
+from torch import nn
+
+
+def normalisation(kind, channels, size=None):
+    """Return the normalisation layer called `kind`.
+
+    Args:
+        kind: none, batch, layer, instance or group (4 groups).
+        channels: channels of the input (N, channels, size, size).
+        size: height and width of the input in pixels; only `layer` needs it.
+    """
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    if kind == "layer":
+        return nn.LayerNorm([channels, size, size])
+    if kind == "instance":
+        return nn.GroupNorm(channels, channels)
+    if kind == "group":
+        return nn.GroupNorm(4, channels)
+    if kind == "none":
+        return nn.Identity()
+    raise ValueError(f"normalisation {kind!r}: none, batch, layer, instance or group expected")
+
+
+def activation(kind):
+    """Return the activation layer called `kind`: relu, sigmoid or leakyrelu (slope 0.01)."""
+    return {
+        "relu": lambda: nn.ReLU(inplace=False),
+        "sigmoid": nn.Sigmoid,
+        "leakyrelu": lambda: nn.LeakyReLU(0.01),
+    }[kind]()
+
+
+def pooling(kind):
+    """Return the 2x2 pooling layer called `kind` (avg or max), None for `none`."""
+    return {"avg": lambda: nn.AvgPool2d(2, 2), "max": lambda: nn.MaxPool2d(2, 2), "none": lambda: None}[kind]()
+
+
+def is_padded_28(channel, im_size):
+    """True for one-channel 28-pixel input, whose first convolution pads it to 32 pixels."""
+    return channel == 1 and im_size == 28

@@ -1,0 +1,33 @@
+"""LeNet with ReLU and max pooling (LeCun et al., 1998)."""
+
+from torch import nn
+from torch.nn import functional as F
+
+
+class LeNet(nn.Module):
+    """LeNet for (N, channel, im_size, im_size) input, (N, num_classes) logits; 28 or 32 pixels and more."""
+
+    def __init__(self, channel, num_classes, im_size):
+        super().__init__()
+        padding = 2 if channel == 1 and im_size == 28 else 0
+        after_first = (im_size + 2 * padding - 4) // 2
+        size = (after_first - 4) // 2
+        if size < 1:
+            raise ValueError(f"LeNet needs at least 16 pixels, the pictures have {im_size}")
+        self.features = nn.Sequential(
+            nn.Conv2d(channel, 6, 5, padding=padding),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        self.fc_1 = nn.Linear(16 * size * size, 120)
+        self.fc_2 = nn.Linear(120, 84)
+        self.fc_3 = nn.Linear(84, num_classes)
+
+    def forward(self, x):
+        x = self.features(x).flatten(1)
+        x = F.relu(self.fc_1(x))
+        x = F.relu(self.fc_2(x))
+        return self.fc_3(x)

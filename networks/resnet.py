@@ -1,0 +1,120 @@
+"""ResNet (He et al., CVPR 2016) in the forms that MTT and IDC evaluate with.
+
+MTT family: 64 channels, a 3x3 stem; the `_AP` variants halve the size by average pooling instead of strides;
+the ImageNet form has the 7x7 stem with max pooling.
+"""
+
+from torch import nn
+from torch.nn import functional as F
+
+from networks.layers import normalisation
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, inputs, planes, stride, norm, average):
+        super().__init__()
+        self.halve = nn.AvgPool2d(2) if average and stride != 1 else nn.Identity()
+        step = 1 if average else stride
+        self.conv1 = nn.Conv2d(inputs, planes, 3, stride=step, padding=1, bias=False)
+        self.bn1 = normalisation(norm, planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = normalisation(norm, planes)
+        self.shortcut = shortcut(inputs, planes * self.expansion, stride, norm, average)
+
+    def forward(self, x):
+        y = self.halve(F.relu(self.bn1(self.conv1(x))))
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions and a shortcut."""
+
+    expansion = 4
+
+    def __init__(self, inputs, planes, stride, norm, average):
+        super().__init__()
+        self.halve = nn.AvgPool2d(2) if average and stride != 1 else nn.Identity()
+        step = 1 if average else stride
+        outputs = planes * self.expansion
+        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
+        self.bn1 = normalisation(norm, planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride=step, padding=1, bias=False)
+        self.bn2 = normalisation(norm, planes)
+        self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
+        self.bn3 = normalisation(norm, outputs)
+        self.shortcut = shortcut(inputs, outputs, stride, norm, average)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.halve(F.relu(self.bn2(self.conv2(y))))
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + self.shortcut(x))
+
+
+def shortcut(inputs, outputs, stride, norm, average):
+    """The shortcut branch: identity, or a 1x1 convolution that changes size and channels."""
+    if stride == 1 and inputs == outputs:
+        return nn.Sequential()
+    if not average:
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), normalisation(norm, outputs))
+    pool = nn.AvgPool2d(stride) if stride != 1 else nn.Identity()
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), pool, normalisation(norm, outputs))
+
+
+# Depth: block, blocks in each of the four layers.
+DEPTHS = {
+    6: (BasicBlock, [1, 1, 1, 1]),  # MTT's name for the one-block form at ImageNet size
+    10: (BasicBlock, [1, 1, 1, 1]),
+    18: (BasicBlock, [2, 2, 2, 2]),
+    34: (BasicBlock, [3, 4, 6, 3]),
+    50: (Bottleneck, [3, 4, 6, 3]),
+    101: (Bottleneck, [3, 4, 23, 3]),
+    152: (Bottleneck, [3, 8, 36, 3]),
+}
+
+
+class ResNet(nn.Module):
+    """ResNet for (N, channel, im_size, im_size) input, (N, num_classes) logits.
+
+    Args:
+        depth: 6, 10, 18, 34, 50, 101 or 152.
+        norm: instance or batch.
+        average: halve the size by average pooling, and keep every pixel of the last map for the classifier (`_AP`).
+        imagenet: 7x7 stem of stride 2 with max pooling.
+    """
+
+    def __init__(self, channel, num_classes, im_size, depth, norm="instance", average=False, imagenet=False):
+        super().__init__()
+        block, counts = DEPTHS[depth]
+        self.average = average
+        if imagenet:
+            self.conv1 = nn.Conv2d(channel, 64, 7, stride=2, padding=3, bias=False)
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        else:
+            self.conv1 = nn.Conv2d(channel, 64, 3, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        self.bn1 = normalisation(norm, 64)
+        inputs = 64
+        for layer, (planes, count) in enumerate(zip([64, 128, 256, 512], counts, strict=True), 1):
+            blocks = []
+            for position in range(count):
+                stride = 2 if layer > 1 and position == 0 else 1
+                blocks.append(block(inputs, planes, stride, norm, average))
+                inputs = planes * block.expansion
+            setattr(self, f"layer{layer}", nn.Sequential(*blocks))
+        pixels = (im_size // 8) ** 2 if average else 1
+        if pixels < 1:
+            raise ValueError(f"ResNet_AP needs at least 8 pixels, the pictures have {im_size}")
+        self.classifier = nn.Linear(inputs * pixels, num_classes)
+
+    def forward(self, x):
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        if not self.average:
+            x = F.adaptive_avg_pool2d(x, 1)
+        return self.classifier(x.flatten(1))

@@ -1,0 +1,56 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import networks
+from tests.recipe import fill_parameters, wave_images
+
+FACTS = json.loads((Path(__file__).parent / "facts" / "networks.json").read_text())
+MTT_NAMES = [name for name in FACTS if not name.startswith("idc:")]
+
+
+@pytest.mark.parametrize("name", MTT_NAMES)
+def test_network_equals_the_published_one(name):
+    fact = FACTS[name]
+    network = networks.get_network(name.split("@")[0], fact["channel"], len(fact["logits"][0]), fact["im_size"])
+    assert [[n, list(p.shape)] for n, p in network.named_parameters()] == fact["parameters"]
+    assert sum(p.numel() for p in network.parameters()) == fact["numel"]
+    network = fill_parameters(network).eval()
+    with torch.no_grad():
+        logits = network(wave_images(2, fact["channel"], fact["im_size"]))
+    torch.testing.assert_close(logits, torch.tensor(fact["logits"], dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", networks.NAMES)
+def test_every_name_runs_forward_and_backward(name):
+    size = 64 if name == "ConvNetD6" else 128 if name == "ConvNetD7" else 256 if name == "ConvNetD8" else 32
+    torch.manual_seed(0)
+    network = networks.get_network(name, 3, 7, (size, size))
+    x = torch.randn(2, 3, size, size, requires_grad=True)
+    logits = network(x)
+    assert logits.shape == (2, 7)
+    logits.square().sum().backward()
+    assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_every_evaluation_pool_is_made_of_known_networks():
+    for mode in "SMWDAPNC":
+        assert set(networks.eval_pool(mode, "ConvNet")) <= set(networks.NAMES)
+    assert networks.eval_pool("S", "ConvNetBN") == ["ConvNet"]
+    assert networks.eval_pool("C", "ConvNetW32") == ["ConvNetW32", "ConvNet"]
+    with pytest.raises(ValueError, match="unknown eval_mode 'X'"):
+        networks.eval_pool("X", "ConvNet")
+
+
+def test_refusals_name_what_is_wrong():
+    with pytest.raises(ValueError, match="unknown network 'Convnet'"):
+        networks.get_network("Convnet", 3, 10, 32)
+    with pytest.raises(ValueError, match="square"):
+        networks.get_network("ConvNet", 3, 10, (32, 16))
+    with pytest.raises(ValueError, match="at least 32 pixels"):
+        networks.get_network("ConvNetD5", 3, 10, 16)
+    with pytest.raises(ValueError, match="at least 32 pixels, the pictures have 8"):
+        networks.get_network("VGG11", 1, 10, 8)

@@ -1,0 +1,185 @@
+"""Differentiable Siamese augmentation (Zhao & Bilen, ICML 2021) as batched tensor code.
+
+Drawing and applying are apart: `DSA.draw` takes random numbers from a stream on the CPU, `apply` is a deterministic
+function of pictures and draw. So one draw can be applied to a real and a synthetic batch, and again when a step is
+recomputed. Every operation is linear in the pictures but for contrast and saturation's means, which are linear too:
+its gradient is exact.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+# Constants of the DSA release, which MTT and IDC share.
+BRIGHTNESS = 1.0
+SATURATION = 2.0
+CONTRAST = 0.5
+CROP_PAD = 0.125
+CUTOUT = 0.5
+FLIP = 0.5
+SCALE = 1.2
+ROTATE = 15.0
+
+# Uniform numbers that each entry takes per picture.
+WIDTH = 3
+
+
+class DSA:
+    """A strategy of augmentations.
+
+    Args:
+        strategy: entries out of color, crop, cutout, flip, scale, rotate joined by `_`; `none` or empty for none.
+        flavour: `mtt` draws one entry a call; scale and rotate align the corners. `idc` always applies flip, color
+            and cutout where they are in the strategy and draws one of the others; corners are not aligned.
+
+    Raises:
+        ValueError: unknown entry or flavour.
+    """
+
+    def __init__(self, strategy, flavour="mtt"):
+        if flavour not in ("mtt", "idc"):
+            raise ValueError(f"flavour {flavour!r}: mtt or idc expected")
+        self.names = [] if strategy in ("", "none", None) else strategy.lower().split("_")
+        unknown = set(self.names) - set(OPERATIONS)
+        if unknown:
+            raise ValueError(f"unknown augmentation {sorted(unknown)[0]!r}; known: {', '.join(OPERATIONS)}")
+        self.align_corners = flavour == "mtt"
+        self.always_before = [n for n in ("flip", "color") if n in self.names and flavour == "idc"]
+        self.always_after = [n for n in ("cutout",) if n in self.names and flavour == "idc"]
+        self.choices = [n for n in self.names if n not in self.always_before + self.always_after]
+
+    def draw(self, count, rng):
+        """Draw what one call does to `count` pictures (1: the same to every picture of a batch).
+
+        Args:
+            count: pictures.
+            rng: numpy.random.Generator.
+
+        Returns:
+            List of (entry, u): u uniform in [0, 1), (count, 3) float32 on the CPU.
+        """
+        names = list(self.always_before)
+        if self.choices:
+            names.append(self.choices[int(rng.integers(len(self.choices)))])
+        names += self.always_after
+        return [(name, torch.from_numpy(rng.random((count, WIDTH), dtype=np.float32))) for name in names]
+
+    def apply(self, x, draw):
+        """Augment pictures.
+
+        Args:
+            x: (B, C, H, W) in network space.
+            draw: what `draw` returned, for B pictures or for 1.
+
+        Returns:
+            (B, C, H, W).
+        """
+        for name, u in draw:
+            u = u.to(device=x.device, dtype=x.dtype, non_blocking=True)
+            x = OPERATIONS[name](x, u, self.align_corners)
+        return x
+
+
+def _per_image(u, column):
+    return u[:, column].view(-1, 1, 1, 1)
+
+
+def color(x, u, _align_corners):
+    """Brightness, then saturation, then contrast."""
+    x = x + (_per_image(u, 0) - 0.5) * BRIGHTNESS
+    mean = x.mean(dim=1, keepdim=True)
+    x = (x - mean) * (_per_image(u, 1) * SATURATION) + mean
+    mean = x.mean(dim=(1, 2, 3), keepdim=True)
+    return (x - mean) * (_per_image(u, 2) + CONTRAST) + mean
+
+
+def _shift_matrix(shift, size, like):
+    """One-hot (n, size, size) matrices S with S @ rows shifting rows by `shift` (n,) pixels, zeros coming in."""
+    place = torch.arange(size, device=like.device)
+    return (place[None, None, :] == place[None, :, None] + shift[:, None, None]).to(like.dtype)
+
+
+def crop(x, u, _align_corners):
+    """Shift by a whole number of pixels on each axis, filling with zeros."""
+    height, width = x.shape[2:]
+
+    def shift(size, column):
+        reach = int(size * CROP_PAD + 0.5)
+        return (u[:, column] * (2 * reach + 1)).floor().clamp(max=2 * reach) - reach
+
+    # A product with a one-hot matrix is exact, and its gradient needs no scattering.
+    rows = _shift_matrix(shift(height, 0), height, x)
+    columns = _shift_matrix(shift(width, 1), width, x)
+    return rows[:, None] @ x @ columns[:, None].transpose(2, 3)
+
+
+def cutout(x, u, _align_corners):
+    """Zero a square; its centre is uniform over the picture."""
+    height, width = x.shape[2:]
+
+    def inside(size, column):
+        side = int(size * CUTOUT + 0.5)
+        centres = size + (1 - side % 2)
+        centre = (u[:, column] * centres).floor().clamp(max=centres - 1)
+        place = torch.arange(size, device=x.device)
+        first = centre[:, None] - side // 2
+        return (place >= first) & (place < first + side)
+
+    hole = inside(height, 0)[:, :, None] & inside(width, 1)[:, None, :]
+    return x * (~hole[:, None]).to(x.dtype)
+
+
+def flip(x, u, _align_corners):
+    """Flip left and right with probability one half."""
+    return torch.where(_per_image(u, 0) < FLIP, x.flip(3), x)
+
+
+def _sample(x, matrix, align_corners):
+    """Resample x (B, C, H, W) at the places that `matrix` (n, 2, 2) maps the output grid to."""
+    matrix = matrix.expand(len(x), 2, 2)
+    theta = torch.cat([matrix, matrix.new_zeros(len(x), 2, 1)], dim=2)
+    grid = F.affine_grid(theta, x.shape, align_corners=align_corners)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=align_corners)
+
+
+def scale(x, u, align_corners):
+    """Stretch each axis by its own factor."""
+    factors = u[:, :2] * (SCALE - 1 / SCALE) + 1 / SCALE
+    return _sample(x, torch.diag_embed(factors), align_corners)
+
+
+def rotate(x, u, align_corners):
+    """Turn around the centre."""
+    angle = (u[:, 0] - 0.5) * (2 * ROTATE * math.pi / 180)
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    matrix = torch.stack([torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)], dim=1)
+    return _sample(x, matrix, align_corners)
+
+
+OPERATIONS = {"color": color, "crop": crop, "cutout": cutout, "flip": flip, "scale": scale, "rotate": rotate}
+
+
+def random_windows(images, rng, size, samples):
+    """Draw `samples` windows from each toroidal canvas (MTT's texture mode).
+
+    Args:
+        images: (B, C, H, W) canvases, H and W at least `size`.
+        rng: numpy.random.Generator.
+        size: of the windows in pixels.
+        samples: windows for each canvas.
+
+    Returns:
+        (B * samples, C, size, size); sample s of canvas b is at s * B + b.
+    """
+    count, _, height, width = images.shape
+    total = count * samples
+    device = images.device
+    place = torch.arange(size, device=device)
+    top = torch.from_numpy(rng.integers(height, size=total)).to(device)
+    left = torch.from_numpy(rng.integers(width, size=total)).to(device)
+    rows = (top[:, None] + place) % height
+    columns = (left[:, None] + place) % width
+    which = torch.arange(total, device=device) % count
+    return images[which[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

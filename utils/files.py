@@ -1,0 +1,283 @@
+"""Files that are whole or not there: atomic saving, safe loading, run folders and checkpoints."""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import pickle
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+
+from utils.errors import Interrupted, UserError, one_line
+from utils.runtime import Signals, versions
+
+CONFIG = "config.json"
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def atomic(path, mode="wb"):
+    """Open a temporary file beside `path`; on leaving without an error it becomes `path`, else nothing changes.
+
+    Raises:
+        OSError: the file cannot be written; `filename` is `path`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _sync_folder(folder):
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save(path, value):
+    """torch.save `value` to `path`, whole or not at all."""
+    # Through memory: torch's own file writer hides a full disk behind an error of its own.
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    with atomic(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def load(path, what="a file written by torch.save", mmap=False):
+    """Load tensors, numbers, strings, lists and dicts from `path` onto the CPU, running no code of the file.
+
+    Args:
+        path: the file.
+        what: what the file should be, for the message.
+        mmap: map the tensors from the file instead of reading them, where the file's format allows it.
+
+    Raises:
+        UserError: the file is missing, cut off, or needs more than safe loading allows.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: expected {what}, found {'a folder' if path.is_dir() else 'no file'}")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        text = str(error)
+        if "Unsupported" in text or "GLOBAL" in text or "WeightsUnpickler" in text:
+            raise UserError(
+                f"{path}: expected {what}, found a file that asks to run code or holds other objects than tensors; "
+                "refused, since loading it is unsafe"
+            ) from None
+        raise UserError(f"{path}: expected {what}, found something else or a damaged file; make it anew") from None
+    except OSError as error:
+        raise UserError(f"{path}: expected {what}, but it cannot be read ({error.strerror}); check it") from None
+    except UserError:
+        raise
+    except Exception as error:
+        # A damaged archive surfaces as whatever the parser stumbled over (RuntimeError, EOFError, KeyError, …).
+        raise UserError(
+            f"{path}: expected {what}, found a damaged or cut-off file ({one_line(error)[:80]}); make it anew"
+        ) from None
+
+
+def write_json(path, value):
+    """Write `value` as indented JSON, whole or not at all."""
+    with atomic(path, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+
+
+def read_json(path, what="a JSON file"):
+    """Return the JSON object in `path`.
+
+    Raises:
+        UserError: the file is missing or not a JSON object.
+    """
+    try:
+        value = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: expected {what}, but it cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: expected {what}, found something else ({one_line(error)[:80]})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected {what} holding one object, found {type(value).__name__}")
+    return value
+
+
+@contextlib.contextmanager
+def locked(folder, name=LOCK):
+    """Hold `folder` for this process; the operating system lets go when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / name, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{folder}: another process is writing there; wait for it, or choose another folder"
+            ) from None
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+        yield folder
+
+
+def claim(folder, options, free=(), name=CONFIG):
+    """Tie `folder` to the options of this run: write its config file, or compare with the one that is there.
+
+    Args:
+        folder: a result folder.
+        options: dict of all options.
+        free: names of options that may change between a run and its continuation.
+        name: of the config file.
+
+    Raises:
+        UserError: the folder belongs to a run with other options; the message names them.
+    """
+    path = Path(folder) / name
+    options = json.loads(json.dumps(options))
+    if path.exists():
+        before = read_json(path, "the options of the run in this folder").get("options")
+        if not isinstance(before, dict):
+            raise UserError(f'{path}: expected an object "options", found none; move the folder away')
+        differing = [
+            f"{key} {before[key]} there, {options[key]} now"
+            for key in options
+            if key not in free and key in before and before[key] != options[key]
+        ]
+        if differing:
+            raise UserError(
+                f"{folder} holds a run with other options ({'; '.join(differing)}); "
+                "repeat its options to continue it, or choose another folder or --tag"
+            )
+    else:
+        write_json(path, {"options": options, "versions": versions()})
+
+
+def need_disk(folder, wanted, what):
+    """Compare the free disk space at `folder` with the `wanted` bytes of `what`.
+
+    Raises:
+        UserError: there is less.
+    """
+    place = Path(folder).resolve()
+    while not place.exists():
+        place = place.parent
+    stat = os.statvfs(place)
+    free = stat.f_bavail * stat.f_frsize
+    if wanted > free:
+        raise UserError(
+            f"{folder}: {what} need {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            "make room or choose another folder"
+        )
+
+
+class Checkpoint:
+    """The state of all running loops, saved on a time schedule and when a signal asks the run to stop.
+
+    A loop opens its own slot, and nested loops nest their slots:
+
+        with checkpoint.loop("matching", lambda: {"iteration": it, …}) as saved:
+            for it in range(saved["iteration"] if saved else 0, iterations):
+                checkpoint.tick()
+                …
+
+    The function given to `loop` returns the state from which the current turn of that loop can begin again, at any
+    moment at which `tick` is called inside it. Leaving the loop normally closes its slot. States are what
+    `files.save` can write and `files.load` can read; tensors are copied when they are saved.
+
+    Args:
+        path: of the checkpoint file, None to keep nothing (the loops still work).
+        minutes: between two saves.
+    """
+
+    def __init__(self, path=None, minutes=10.0):
+        self.path = Path(path) if path else None
+        self.seconds = minutes * 60
+        self.last = time.monotonic()
+        self.slots = {}
+        self.signals = Signals() if path else None
+        self.saved = {}
+        if self.path and self.path.exists():
+            self.saved = load(self.path, "the checkpoint of an interrupted run")
+
+    @contextlib.contextmanager
+    def loop(self, name, state):
+        """Open the slot `name` with the function `state`; yields what an interrupted run saved there, or None."""
+        if name in self.slots:
+            raise ValueError(f"the slot {name!r} is open already")
+        self.slots[name] = state
+        saved = self.saved.pop(name, None)
+        try:
+            yield saved
+        finally:
+            del self.slots[name]
+
+    def tick(self):
+        """Save when it is time to; after a signal save and stop.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT came.
+        """
+        if self.path is None:
+            return
+        stop = self.signals.received
+        if stop is None and time.monotonic() - self.last < self.seconds:
+            return
+        # Slots of an interrupted run that no loop has reached yet belong to the same turn: keep them.
+        save(self.path, self.saved | {name: state() for name, state in self.slots.items()})
+        self.last = time.monotonic()
+        if stop is not None:
+            raise Interrupted(stop, self.path)
+
+    def clear(self):
+        """Remove the file: its work is complete and stands in the results."""
+        if self.path:
+            self.path.unlink(missing_ok=True)
+        self.saved = {}
+
+
+class Metrics:
+    """Measurements as JSON lines, one file beside the results; a continued run leaves no row twice or out.
+
+    Args:
+        path: of the file.
+        rows: how many rows of an existing file to keep; later ones are written again by the continued run.
+    """
+
+    def __init__(self, path, rows=0):
+        self.path = Path(path)
+        self.rows = rows
+        kept = []
+        if rows and self.path.exists():
+            kept = self.path.read_text().splitlines(keepends=True)[:rows]
+        with atomic(self.path, "w") as file:
+            file.writelines(kept)
+        self.file = open(self.path, "a")  # noqa: SIM115 - stays open as long as the run
+
+    def write(self, **row):
+        """Append one row; it is on its way to the disk when this returns."""
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        self.rows += 1
+
+    def close(self):
+        self.file.close()

@@ -1,0 +1,218 @@
+"""Trajectory matching (MTT, Cazenavette et al., CVPR 2022) with an exact adjoint instead of one long graph.
+
+The student makes N steps θ_{i+1} = θ_i − η g(θ_i, x_i) with g the gradient of the cross-entropy on minibatch x_i;
+the loss is L = ‖θ_N − θ*‖² / ‖θ_0 − θ*‖². Its derivatives follow from the adjoint recursion
+
+    λ_N = ∂L/∂θ_N,   λ_i = λ_{i+1} − η H_i λ_{i+1},
+    ∂L/∂x_i = −η (∂g/∂x_i)ᵀ λ_{i+1},   ∂L/∂η = −Σ_i ⟨g_i, λ_{i+1}⟩,
+
+for which one step's graph at a time is enough: memory does not grow with N but for the N vectors θ_i. Steps whose
+graph is kept from the way forward are not computed again. The result is the gradient of plain unrolling, not an
+approximation of it.
+"""
+
+import dataclasses
+
+import torch
+from torch.nn import functional as F
+
+from utils.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One student step: which pictures of the union it sees, and the augmentation drawn for them.
+
+    Attributes:
+        index: (B,) int64, positions in the union, each at most once.
+        augment: function of pictures (B, C, H, W) to the student's input (B', C, h, w); B' a multiple of B (texture
+            mode draws several windows of each canvas).
+    """
+
+    index: torch.Tensor
+    augment: callable
+
+    def labels(self, labels, count):
+        """Return the labels of the `count` inputs of this step."""
+        chosen = labels[self.index]
+        return chosen.repeat(count // len(chosen))
+
+
+def plan_batches(total, batch, steps, rng):
+    """Draw the minibatches of one iteration: random permutations of the union, cut into batches.
+
+    Args:
+        total: pictures of the union.
+        batch: pictures in a minibatch; the last of a permutation may be smaller.
+        steps: student steps.
+        rng: numpy.random.Generator.
+
+    Returns:
+        List of `steps` int64 arrays.
+    """
+    chunks = []
+    while len(chunks) < steps:
+        order = rng.permutation(total)
+        chunks += [order[start : start + batch] for start in range(0, total, batch)]
+    return chunks[:steps]
+
+
+def match(student, start, target, syn_lr, images, labels, steps, first_learned=0, kept_steps=0, slice_size=None):
+    """One matching iteration: the loss and its exact gradients.
+
+    Args:
+        student: `FlatNetwork`.
+        start: (numel,) parameters the student starts from.
+        target: (numel,) parameters to arrive at.
+        syn_lr: 0-dim tensor η.
+        images: (N, C, H, W) the union of all stages in network space.
+        labels: (N,) int64.
+        steps: list of `Step`.
+        first_learned: pictures before this position are frozen; they get no gradient.
+        kept_steps: how many of the last steps keep their graph on the way forward (0: constant memory; len(steps):
+            the speed and memory of plain unrolling).
+        slice_size: pictures of a minibatch whose graph is held at once; None for all. Exact for every network
+            without batch statistics.
+
+    Returns:
+        (loss 0-dim, gradient of images[first_learned:], gradient of syn_lr 0-dim), all detached.
+    """
+    first_kept = len(steps) - kept_steps
+    thetas, kept = [], {}
+    theta = start
+    for number, step in enumerate(steps):
+        graphs = _gradient_graphs(student, theta, images, labels, step, slice_size, keep=number >= first_kept)
+        if number >= first_kept:
+            graphs = kept[number] = list(graphs)
+        else:
+            thetas.append(theta)
+        gradient = sum(part.gradient.detach() for part in graphs)
+        theta = theta - syn_lr * gradient
+
+    scale = 1 / (start - target).square().sum()
+    loss = (theta - target).square().sum() * scale
+    adjoint = 2 * scale * (theta - target)
+    images_gradient = torch.zeros_like(images[first_learned:])
+    lr_gradient = torch.zeros_like(syn_lr)
+    for number in reversed(range(len(steps))):
+        step = steps[number]
+        graphs = kept.pop(number, None)
+        if graphs is None:
+            graphs = _gradient_graphs(student, thetas.pop(), images, labels, step, slice_size, keep=True)
+        learned = bool((step.index >= first_learned).any()) if first_learned else True
+        products, input_gradients = [], []
+        for part in graphs:
+            lr_gradient -= part.gradient.detach() @ adjoint
+            wanted = ([part.theta] if number else []) + ([part.inputs] if learned else [])
+            if not wanted:
+                continue
+            found = list(torch.autograd.grad(part.gradient, wanted, adjoint))
+            if number:
+                products.append(found.pop(0))
+            if learned:
+                input_gradients.append(found[0])
+        if learned:
+            pulled = _pull_back(images, step, torch.cat(input_gradients))
+            _add_learned(images_gradient, step.index, first_learned, -syn_lr * pulled)
+        if number:
+            adjoint = adjoint - syn_lr * sum(products)
+    return loss, images_gradient, lr_gradient
+
+
+@dataclasses.dataclass
+class _Graph:
+    """One slice of one step: leaves θ and input, and the gradient g as a function of them."""
+
+    theta: torch.Tensor
+    inputs: torch.Tensor
+    gradient: torch.Tensor
+
+
+def _gradient_graphs(student, theta, images, labels, step, slice_size, keep):
+    """Yield the slices of g(θ, x) of one step, with their graphs where `keep`."""
+    with torch.no_grad():
+        inputs = step.augment(images[step.index])
+    targets = step.labels(labels, len(inputs))
+    size = slice_size or len(inputs)
+    for begin in range(0, len(inputs), size):
+        part = inputs[begin : begin + size].detach().requires_grad_(keep)
+        leaf = theta.detach().requires_grad_()
+        loss = F.cross_entropy(student(leaf, part), targets[begin : begin + size], reduction="sum") / len(inputs)
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=keep)
+        yield _Graph(leaf, part, gradient)
+
+
+def _pull_back(images, step, gradient):
+    """Return the gradient of the chosen pictures from that of the augmented ones."""
+    chosen = images[step.index].detach().requires_grad_()
+    with torch.enable_grad():
+        augmented = step.augment(chosen)
+    if augmented is chosen:
+        return gradient
+    return torch.autograd.grad(augmented, chosen, gradient)[0]
+
+
+def _add_learned(total, index, first_learned, gradient):
+    if first_learned:
+        learned = index >= first_learned
+        index, gradient = index[learned] - first_learned, gradient[learned]
+    total.index_add_(0, index, gradient)
+
+
+def choose_kept_steps(wanted, student, start, images, labels, steps, slice_size, device):
+    """Turn the option --kept_steps into a number: `auto` keeps as many graphs as fit half of the free memory.
+
+    The graph of one step is measured, not estimated: the bytes of all tensors that it saves for the way back.
+
+    Returns:
+        int, 0 to len(steps).
+    """
+    if wanted != "auto":
+        return min(int(wanted), len(steps))
+    stores = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        stores[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    largest = max(steps, key=lambda step: len(step.index))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        graphs = list(_gradient_graphs(student, start, images, labels, largest, slice_size, keep=True))
+    del graphs
+    # The way back through a graph needs about as much again while it runs.
+    fits = int(free_memory(device) / 2 / max(sum(stores.values()), 1)) - 1
+    return max(0, min(fits, len(steps)))
+
+
+def free_memory(device):
+    """Return the bytes that can still be allocated on `device`."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 * 2**30  # no way to ask: assume what any current machine has
+
+
+def refuse_if_broken(iteration, loss, images, syn_lr):
+    """Stop before a broken value is saved.
+
+    Raises:
+        UserError: loss, a picture or syn_lr is NaN or infinite; the message names the options to change.
+    """
+    broken = [
+        name
+        for name, value in (("the loss", loss), ("a synthetic picture", images), ("syn_lr", syn_lr))
+        if not bool(torch.isfinite(value).all())
+    ]
+    if broken:
+        raise UserError(
+            f"iteration {iteration}: {' and '.join(broken)} became NaN or infinite; the files of the last good "
+            "evaluation are kept; lower --lr_img, --lr_lr or --lr_teacher, or raise --expert_epochs"
+        )

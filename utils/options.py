@@ -1,0 +1,147 @@
+"""The options that several scripts share, declared once, and a parser whose refusals are one line.
+
+Names and defaults are those of the published code (MTT, IDC and PDD). Options declared here are only parsed by the
+scripts; nothing else in utils/ reads them.
+"""
+
+import argparse
+import math
+import sys
+
+import networks
+from utils.errors import UserError
+
+DATASETS = ("Digits", "CIFAR10", "CIFAR100", "Tiny")
+DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
+# Options that may differ between a run and its continuation: they do not change the results.
+FREE = (
+    "device", "wandb", "checkpoint_minutes", "data_path", "buffer_path", "root_log_dir", "start_interval", "load_all",
+    "override_experiment_path", "save_dir", "kept_steps", "slice_size", "dry_run",
+)  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose help shows every default and whose refusals are one line with exit status 2."""
+
+    def __init__(self, description, epilog=None):
+        super().__init__(description=description, epilog=epilog, formatter_class=_Formatter)
+
+    def error(self, message):
+        print(f"error: {' '.join(message.split())}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of descriptions and appends the default of each option."""
+
+
+def number(kind, low=None, high=None, above=None):
+    """Return a parser of one int or float within bounds.
+
+    Args:
+        kind: int or float.
+        low: smallest allowed value.
+        high: largest allowed value.
+        above: the value must be larger than this.
+    """
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        wanted = "a whole number" if kind is int else "a number"
+        if low is not None:
+            wanted += f" >= {low}"
+        if above is not None:
+            wanted += f" > {above}"
+        if high is not None:
+            wanted += f" <= {high}"
+        wrong = not math.isfinite(value)
+        wrong = wrong or (low is not None and value < low) or (high is not None and value > high)
+        if wrong or (above is not None and value <= above):
+            raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, low=1)
+NATURAL = number(int, low=0)
+RATE = number(float, low=0.0)
+POSITIVE = number(float, above=0.0)
+FRACTION = number(float, low=0.0, high=1.0)
+
+
+def truth(text):
+    """Parse True or False, as the published scripts spell their switches."""
+    if str(text).lower() in ("true", "1", "yes"):
+        return True
+    if str(text).lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
+
+
+def network_name(text):
+    """Parse the name of a network of the MTT family."""
+    if text not in networks.NAMES:
+        raise argparse.ArgumentTypeError(f"unknown network {text!r}; known: {', '.join(networks.NAMES)}")
+    return text
+
+
+def strategy(text):
+    """Parse a DSA strategy: names joined by underscores, or none."""
+    known = DSA_STRATEGY.split("_")
+    if text.lower() == "none" or all(name in known for name in text.lower().split("_")):
+        return text.lower()
+    raise argparse.ArgumentTypeError(f"expected names out of {', '.join(known)} joined by _, found {text!r}")
+
+
+def add_data(parser):
+    """Declare which pictures are used; returns the group."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="CIFAR10", choices=DATASETS, help="data set")
+    group.add_argument("--subset", default="imagenette", help="subset of ImageNet, where --dataset is ImageNet")
+    group.add_argument("--data_path", default="data", help="folder of the data set; downloaded there where possible")
+    group.add_argument("--zca", action="store_true", help="ZCA whitening instead of mean and standard deviation")
+    return group
+
+
+def add_augmentation(group):
+    """Declare differentiable Siamese augmentation (DSA)."""
+    group.add_argument("--dsa", type=truth, default=True, help="differentiable Siamese augmentation")
+    group.add_argument("--dsa_strategy", type=strategy, default=DSA_STRATEGY, help="its entries, joined by _")
+
+
+def add_machine(parser, minutes=True):
+    """Declare device, seed and how the run reports and saves itself; returns the group."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu) or a device name")
+    group.add_argument("--seed", type=NATURAL, default=0, help="seed of every random decision")
+    if minutes:
+        group.add_argument(
+            "--checkpoint_minutes", type=RATE, default=10.0, help="minutes between two saves of the run's state"
+        )
+    group.add_argument(
+        "--dry_run", action="store_true", help="print options, inputs, outputs and sizes, then stop"
+    )
+    return group
+
+
+def add_wandb(group):
+    """Declare the optional logging to Weights & Biases."""
+    group.add_argument(
+        "--wandb", default="disabled", choices=("disabled", "online", "offline"), help="log to Weights & Biases"
+    )
+
+
+def check_network(name, real):
+    """Build network `name` once for the pictures of `real`, to refuse impossible pairs before any work.
+
+    Raises:
+        UserError: the pictures are too small for it.
+    """
+    try:
+        networks.get_network(name, real.channel, real.num_classes, real.im_size)
+    except ValueError as error:
+        raise UserError(f"--model {name} on {real.name}: {error}") from None

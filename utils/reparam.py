@@ -1,0 +1,49 @@
+"""A network as a function of one flat parameter vector.
+
+Trajectories are matched on the flat vector (the norm of all parameters), and a student's parameters must stay
+differentiable functions of the synthetic pictures: so the module lends its structure, and the vector its values.
+"""
+
+import torch
+from torch.func import functional_call
+
+
+class FlatNetwork:
+    """Calls `network` with the parameters of a flat vector.
+
+    The order is `network.parameters()`'s, as in the published buffers.
+
+    Args:
+        network: torch.nn.Module; its own parameters are only read for their shapes.
+    """
+
+    def __init__(self, network):
+        self.network = network
+        self.names = [name for name, _ in network.named_parameters()]
+        self.shapes = [parameter.shape for parameter in network.parameters()]
+        self.sizes = [parameter.numel() for parameter in network.parameters()]
+        self.numel = sum(self.sizes)
+
+    def __call__(self, flat, x):
+        """Return the logits (B, num_classes) of pictures x (B, C, H, W) under parameters `flat` (numel,)."""
+        parts = flat.split(self.sizes)
+        values = {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+        # Running statistics of batch normalisation change in copies: a student leaves the network as it is.
+        values |= {name: buffer.clone() for name, buffer in self.network.named_buffers()}
+        return functional_call(self.network, values, (x,))
+
+    def flatten(self, parameters):
+        """Return one vector of a list of parameter tensors."""
+        return flatten(parameters)
+
+
+def flatten(parameters):
+    """Return the concatenation of all `parameters` (tensors) as one vector (numel,)."""
+    return torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+
+
+def set_parameters(network, parameters):
+    """Copy a list of tensors into the parameters of `network`, in order."""
+    with torch.no_grad():
+        for target, value in zip(network.parameters(), parameters, strict=True):
+            target.copy_(value)

@@ -1,0 +1,104 @@
+"""Device, random streams, signals and versions: the surroundings of a run."""
+
+import platform
+import signal
+import subprocess
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.errors import UserError
+
+
+def choose_device(name):
+    """Return the torch.device called `name`; `auto` takes cuda, then mps, then cpu.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); use auto or cpu") from None
+    if device.type == "cuda":
+        # The published runs had TF32 convolutions by PyTorch's default and TF32 products on their cards.
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    return device
+
+
+def stream(seed, *keys):
+    """Return the random generator (numpy.random.Generator) that belongs to `keys` of the run's `seed`.
+
+    Every random decision of a run is drawn from a stream named after its place (stage, iteration, epoch, …), on the
+    CPU. So a run needs no generator state to continue, results do not depend on the order of the work or on how many
+    networks train at once, and a CPU and a GPU see the same draws.
+
+    Args:
+        seed: the run's seed, an int >= 0.
+        keys: ints >= 0 and strings.
+    """
+    return np.random.default_rng([seed, *(_code(key) for key in keys)])
+
+
+def _code(key):
+    return zlib.crc32(key.encode()) if isinstance(key, str) else int(key)
+
+
+def seeded(seed, *keys):
+    """Return a context in which torch's CPU generator is seeded for `keys`; outside it nothing changes.
+
+    Network initialisations draw from torch's global generator; they run inside this.
+    """
+    return _Seeded(int(stream(seed, *keys).integers(2**63)))
+
+
+class _Seeded:
+    def __init__(self, seed):
+        self.seed = seed
+
+    def __enter__(self):
+        self.before = torch.random.get_rng_state()
+        torch.random.default_generator.manual_seed(self.seed)
+
+    def __exit__(self, *_):
+        torch.random.set_rng_state(self.before)
+
+
+class Signals:
+    """Remembers SIGTERM and SIGINT, so that a loop can finish its step and save before it stops.
+
+    A second signal of the same kind ends the process at once.
+    """
+
+    received = None
+
+    def __init__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number, _frame):
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def versions():
+    """Return what a result should say about its making: versions, processor, git commit."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.version.cuda
+        found["gpu"] = torch.cuda.get_device_name()
+    folder = Path(__file__).resolve().parent.parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+        found["git_commit"] = commit.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        found["git_commit"] = None
+    return found
