@@ -9,8 +9,8 @@ import networks
 from tests.oracles import match_unrolled
 from tests.recipe import fill_parameters, wave_images
 from utils.augment import DSA
-from utils.matching import Step, choose_kept_steps, match, plan_batches, refuse_if_broken
 from utils.errors import UserError
+from utils.matching import Step, choose_kept_steps, match, plan_batches, refuse_if_broken
 from utils.reparam import FlatNetwork, flatten
 
 FACT = json.loads((Path(__file__).parent / "facts" / "matching.json").read_text())
@@ -37,9 +37,16 @@ def test_published_inner_loop(kept_steps, slice_size):
     images = wave_images(9, 3, 16, 0.017)
     steps = [Step(torch.tensor(batch), plain) for batch in FACT["batches"]]
     loss, gradient, lr_gradient = match(
-        student, start, target, torch.tensor(FACT["syn_lr"], dtype=torch.float64), images,
-        torch.tensor(FACT["labels"]), steps, kept_steps=kept_steps, slice_size=slice_size,
-    )  # fmt: skip
+        student,
+        start,
+        target,
+        torch.tensor(FACT["syn_lr"], dtype=torch.float64),
+        images,
+        torch.tensor(FACT["labels"]),
+        steps,
+        kept_steps=kept_steps,
+        slice_size=slice_size,
+    )
     assert float(loss) == pytest.approx(FACT["loss"], rel=1e-9)
     assert float(lr_gradient) == pytest.approx(FACT["grad_syn_lr"], rel=1e-9)
     norms = gradient.flatten(1).norm(dim=1)

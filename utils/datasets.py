@@ -207,14 +207,16 @@ def _digits():
 class _BatchUnpickler(pickle.Unpickler):
     """Reads the pickled dictionaries of CIFAR's authors; any other object than NumPy's arrays is refused."""
 
-    ALLOWED = frozenset({
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy._core.numeric", "_frombuffer"),
-        ("_codecs", "encode"),
-    })  # fmt: skip
+    ALLOWED = frozenset(
+        {
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy._core.numeric", "_frombuffer"),
+            ("_codecs", "encode"),
+        }
+    )
 
     def find_class(self, module, name):
         if (module, name) in self.ALLOWED:
@@ -229,17 +231,25 @@ def _unpickle(path):
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); download the data again") from None
     except Exception as error:
-        raise UserError(f"{path}: expected a CIFAR batch, found a damaged or foreign file "
-                        f"({one_line(error)[:80]}); download the data again") from None  # fmt: skip
+        raise UserError(
+            f"{path}: expected a CIFAR batch, found a damaged or foreign file "
+            f"({one_line(error)[:80]}); download the data again"
+        ) from None
 
 
 def _cifar(name, root):
     """CIFAR in its authors' format, downloaded by torchvision where it is missing."""
     folder, train, test, label_key, meta, names_key = {
-        "CIFAR10": ("cifar-10-batches-py", [f"data_batch_{n}" for n in range(1, 6)], "test_batch", "labels",
-                    "batches.meta", "label_names"),
+        "CIFAR10": (
+            "cifar-10-batches-py",
+            [f"data_batch_{n}" for n in range(1, 6)],
+            "test_batch",
+            "labels",
+            "batches.meta",
+            "label_names",
+        ),
         "CIFAR100": ("cifar-100-python", ["train"], "test", "fine_labels", "meta", "fine_label_names"),
-    }[name]  # fmt: skip
+    }[name]
     if root.name == folder:
         root = root.parent
     if not (root / folder).is_dir():

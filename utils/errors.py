@@ -40,8 +40,13 @@ def run(main):
         sys.exit(_fail(one_line(error), 2))
     except Interrupted as stop:
         where = f"; state saved to {stop.saved}" if stop.saved else ""
-        sys.exit(_fail(f"stopped by signal {stop.signal_number}{where}; run the same command again to continue",
-                       128 + stop.signal_number, "stopped"))
+        sys.exit(
+            _fail(
+                f"stopped by signal {stop.signal_number}{where}; run the same command again to continue",
+                128 + stop.signal_number,
+                "stopped",
+            )
+        )
     except KeyboardInterrupt:
         sys.exit(_fail("stopped by the keyboard; run the same command again to continue", 130, "stopped"))
     except BrokenPipeError:
@@ -50,14 +55,24 @@ def run(main):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
-        sys.exit(_fail(f"cannot write {error.filename or 'a file'}: {error.strerror}; "
-                       "files written before are intact: make room or choose another folder, "
-                       "then run the same command again", 2))
+        sys.exit(
+            _fail(
+                f"cannot write {error.filename or 'a file'}: {error.strerror}; "
+                "files written before are intact: make room or choose another folder, "
+                "then run the same command again",
+                2,
+            )
+        )
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        sys.exit(_fail(f"the device has too little memory ({one_line(error)[:120]}); lower it with --kept_steps 0, "
-                       "--slice_size, --batch_syn, --batch_train or a narrower --model", 2))
+        sys.exit(
+            _fail(
+                f"the device has too little memory ({one_line(error)[:120]}); lower it with --kept_steps 0, "
+                "--slice_size, --batch_syn, --batch_train or a narrower --model",
+                2,
+            )
+        )
 
 
 def is_out_of_memory(error):

@@ -195,14 +195,14 @@ class Checkpoint:
 
     A loop opens its own slot, and nested loops nest their slots:
 
-        with checkpoint.loop("matching", lambda: {"iteration": it, …}) as saved:
+        with checkpoint.loop("matching", stage, lambda: {"iteration": it, …}) as saved:
             for it in range(saved["iteration"] if saved else 0, iterations):
                 checkpoint.tick()
                 …
 
     The function given to `loop` returns the state from which the current turn of that loop can begin again, at any
     moment at which `tick` is called inside it. Leaving the loop normally closes its slot. States are what
-    `files.save` can write and `files.load` can read; tensors are copied when they are saved.
+    `files.save` can write and `files.load` can read.
 
     Args:
         path: of the checkpoint file, None to keep nothing (the loops still work).
@@ -220,14 +220,24 @@ class Checkpoint:
             self.saved = load(self.path, "the checkpoint of an interrupted run")
 
     @contextlib.contextmanager
-    def loop(self, name, state):
-        """Open the slot `name` with the function `state`; yields what an interrupted run saved there, or None."""
+    def loop(self, name, key, state):
+        """Open the slot `name` with the function `state`; yields what an interrupted run saved there, or None.
+
+        Args:
+            name: of the slot.
+            key: which piece of work it is (numbers, strings, tuples); a state saved for other work is forgotten,
+                and with it the states of the loops inside.
+            state: function without arguments.
+        """
         if name in self.slots:
             raise ValueError(f"the slot {name!r} is open already")
-        self.slots[name] = state
+        key = repr(key)
+        self.slots[name] = lambda: {"key": key, "state": state()}
         saved = self.saved.pop(name, None)
+        if saved is not None and saved["key"] != key:
+            self.saved, saved = {}, None
         try:
-            yield saved
+            yield saved["state"] if saved else None
         finally:
             del self.slots[name]
 

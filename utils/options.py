@@ -15,9 +15,20 @@ DATASETS = ("Digits", "CIFAR10", "CIFAR100", "Tiny")
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
 # Options that may differ between a run and its continuation: they do not change the results.
 FREE = (
-    "device", "wandb", "checkpoint_minutes", "data_path", "buffer_path", "root_log_dir", "start_interval", "load_all",
-    "override_experiment_path", "save_dir", "kept_steps", "slice_size", "dry_run",
-)  # fmt: skip
+    "device",
+    "wandb",
+    "checkpoint_minutes",
+    "data_path",
+    "buffer_path",
+    "root_log_dir",
+    "start_interval",
+    "load_all",
+    "override_experiment_path",
+    "save_dir",
+    "kept_steps",
+    "slice_size",
+    "dry_run",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,9 +133,7 @@ def add_machine(parser, minutes=True):
         group.add_argument(
             "--checkpoint_minutes", type=RATE, default=10.0, help="minutes between two saves of the run's state"
         )
-    group.add_argument(
-        "--dry_run", action="store_true", help="print options, inputs, outputs and sizes, then stop"
-    )
+    group.add_argument("--dry_run", action="store_true", help="print options, inputs, outputs and sizes, then stop")
     return group
 
 
@@ -145,3 +154,30 @@ def check_network(name, real):
         networks.get_network(name, real.channel, real.num_classes, real.im_size)
     except ValueError as error:
         raise UserError(f"--model {name} on {real.name}: {error}") from None
+
+
+def kept_steps(text):
+    """Parse --kept_steps: auto or a whole number >= 0."""
+    return text if text == "auto" else NATURAL(text)
+
+
+def add_experiment(group):
+    """Declare the options of PDD+MTT that name the experiment's folder, for distillation and evaluation."""
+    group.add_argument("--model", type=network_name, default="ConvNet", help="network of the distillation")
+    group.add_argument("--ipc", type=COUNT, default=1, help="pictures of each class that every stage learns")
+    group.add_argument(
+        "--eval_mode",
+        default="S",
+        choices=tuple("SMWDAPNC"),
+        help="networks to evaluate with: S the same, M many, W widths, D depths, A activations, P poolings, "
+        "N normalisations, C the same and ConvNet",
+    )
+    group.add_argument("--expert_epochs", type=COUNT, default=3, help="expert epochs from start to target")
+    group.add_argument("--syn_steps", type=COUNT, default=20, help="student steps in one iteration")
+    group.add_argument("--max_start_epoch", type=COUNT, default=25, help="number of possible start epochs")
+    group.add_argument("--lr_img", type=POSITIVE, default=1000.0, help="learning rate of the pictures")
+    group.add_argument("--lr_lr", type=RATE, default=1e-05, help="learning rate of syn_lr")
+    group.add_argument("--lr_teacher", type=POSITIVE, default=0.01, help="of the experts; where syn_lr starts")
+    group.add_argument("--batch_real", type=COUNT, default=256, help="accepted for old commands; not used")
+    group.add_argument("--batch_syn", type=COUNT, help="pictures in a student's minibatch (default: classes x ipc)")
+    group.add_argument("--batch_train", type=COUNT, default=256, help="pictures in any other minibatch")

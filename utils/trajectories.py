@@ -1,0 +1,222 @@
+"""Expert trajectories on disk: `replay_buffer_{n}.pt`, n = 0, 1, …, each a list of trajectories.
+
+A trajectory is the list of a network's parameters at its start and after each epoch; an entry is the list of tensors
+in `network.parameters()` order. This is the format of the published buffers.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from utils import files
+from utils.errors import UserError
+from utils.reparam import flatten
+
+PARTIAL = "partial"
+
+
+def buffer_folder(buffer_path, dataset, model, zca, subset=None, res=None):
+    """Return the folder of the first stage's experts (MTT's layout)."""
+    name = dataset
+    if dataset in ("CIFAR10", "CIFAR100") and not zca:
+        name += "_NO_ZCA"
+    folder = Path(buffer_path) / name
+    if dataset == "ImageNet":
+        folder = folder / subset / str(res)
+    return folder / model
+
+
+def find_buffers(buffer_path, *layout):
+    """Return the folder that holds the replay buffers.
+
+    Args:
+        buffer_path: the root of the layout, or a folder that holds replay_buffer_0.pt itself.
+        layout: the other arguments of `buffer_folder`.
+
+    Raises:
+        UserError: neither holds any.
+    """
+    given, nested = Path(buffer_path), buffer_folder(buffer_path, *layout)
+    for folder in (given, nested):
+        if buffer_files(folder):
+            return folder
+    raise UserError(
+        f"{nested}: expected replay_buffer_0.pt and so on, found none; record experts with buffer_mtt.py, or name "
+        "their folder with --buffer_path"
+    )
+
+
+def buffer_files(folder):
+    """Return the replay buffers of `folder` in the order of their numbers."""
+    found = {}
+    if Path(folder).is_dir():
+        for path in Path(folder).iterdir():
+            if match := re.fullmatch(r"replay_buffer_(\d+)\.pt", path.name):
+                found[int(match[1])] = path
+    return [found[number] for number in sorted(found)]
+
+
+def load_buffer(path, mmap=True):
+    """Load one replay buffer.
+
+    Raises:
+        UserError: it is damaged or not a list of trajectories.
+    """
+    trajectories = files.load(path, "a replay buffer", mmap=mmap)
+
+    def holds(value, each):
+        return isinstance(value, list) and len(value) > 0 and all(each(item) for item in value)
+
+    def is_entry(value):
+        return holds(value, lambda tensor: isinstance(tensor, torch.Tensor))
+
+    good = holds(trajectories, lambda trajectory: holds(trajectory, is_entry))
+    if not good:
+        raise UserError(f"{path}: expected a replay buffer (a list of trajectories), found something else")
+    return trajectories
+
+
+class Experts:
+    """The experts of one stage, read from their replay buffers.
+
+    Args:
+        folder: of the replay buffers.
+        shapes: list of the shapes of the network's parameters.
+        epochs: entries that a trajectory must have at least.
+        model: name of the network, for messages.
+        max_files: use this many files, None for all.
+        max_experts: use this many experts of each file, None for all.
+        limit: use this many experts in all.
+        load_all: keep every file in memory instead of the last one.
+
+    Raises:
+        UserError: a file is damaged, of another network, or too short.
+    """
+
+    def __init__(self, folder, shapes, epochs, model, max_files=None, max_experts=None, limit=None, load_all=False):
+        self.paths = buffer_files(folder)[:max_files]
+        if not self.paths:
+            raise UserError(f"{folder}: expected replay_buffer_0.pt and so on, found none; record experts first")
+        self.load_all = load_all
+        self.loaded = {}
+        self.counts = []
+        for number, path in enumerate(self.paths):
+            trajectories = self._load(number)
+            for trajectory in trajectories:
+                for entry in trajectory:
+                    self._check_shapes(path, [tuple(t.shape) for t in entry], [tuple(s) for s in shapes], model)
+                if len(trajectory) < epochs:
+                    raise UserError(
+                        f"{path}: expected trajectories of {epochs} entries at least (start_sampling_epoch + "
+                        f"max_start_epoch + expert_epochs), found {len(trajectory)}; lower these options or record "
+                        "experts with more --train_epochs"
+                    )
+            left = None if limit is None else limit - sum(self.counts)
+            counted = min(len(trajectories), *(c for c in (max_experts, left) if c is not None), len(trajectories))
+            self.counts.append(counted)
+        self.paths = [path for path, count in zip(self.paths, self.counts, strict=True) if count]
+        self.counts = [count for count in self.counts if count]
+
+    @staticmethod
+    def _check_shapes(path, found, expected, model):
+        if found == expected:
+            return
+        if len(found) != len(expected):
+            difference = f"{len(expected)} parameter tensors, found {len(found)}"
+        else:
+            at = next(i for i in range(len(found)) if found[i] != expected[i])
+            difference = f"parameter {at} of shape {expected[at]}, found {found[at]}"
+        raise UserError(
+            f"{path}: these experts are of another network than {model} (expected {difference}); "
+            "choose their --model and --dataset, or other buffers"
+        )
+
+    def __len__(self):
+        return sum(self.counts)
+
+    def _load(self, number):
+        if number not in self.loaded:
+            if not self.load_all:
+                self.loaded.clear()
+            self.loaded[number] = load_buffer(self.paths[number], mmap=not self.load_all)
+        return self.loaded[number]
+
+    def parameters(self, expert, epoch):
+        """Return the flat parameters (numel,) of expert number `expert` after `epoch` epochs, on the CPU.
+
+        Raises:
+            UserError: they hold NaN or infinite numbers.
+        """
+        number = 0
+        while expert >= self.counts[number]:
+            expert -= self.counts[number]
+            number += 1
+        vector = flatten(self._load(number)[expert][epoch])
+        if not bool(vector.isfinite().all()):
+            raise UserError(
+                f"{self.paths[number]}: expert {expert} after epoch {epoch} holds NaN or infinite parameters; record "
+                "the experts again with a lower --lr_teacher"
+            )
+        return vector
+
+    def order(self, rng):
+        """Return one pass over all experts: files in random order, experts in random order inside a file."""
+        starts = [sum(self.counts[:number]) for number in range(len(self.counts))]
+        return [
+            int(starts[number] + position)
+            for number in rng.permutation(len(self.counts))
+            for position in rng.permutation(self.counts[number])
+        ]
+
+
+class Recorder:
+    """Writes the experts of one folder: each expert at once to a part, a full group of parts to its replay buffer.
+
+    Any order of experts and any interruption give the same files.
+
+    Args:
+        folder: of the replay buffers.
+        count: experts wanted.
+        group: trajectories of one replay buffer (save_interval); the last one may have fewer.
+    """
+
+    def __init__(self, folder, count, group):
+        self.folder, self.count, self.group = Path(folder), count, group
+        self.stored = {}
+        for path in buffer_files(folder):
+            self.stored[int(re.search(r"\d+", path.name)[0])] = len(load_buffer(path))
+
+    def missing(self):
+        """Return the numbers of the experts that are not on disk yet."""
+        return [
+            k
+            for k in range(self.count)
+            if k % self.group >= self.stored.get(k // self.group, 0) and not self._part(k).exists()
+        ]
+
+    def _part(self, expert):
+        return self.folder / PARTIAL / f"expert_{expert:05d}.pt"
+
+    def add(self, expert, trajectory):
+        """Store one expert; merges its group when that is complete."""
+        files.save(self._part(expert), trajectory)
+        self.merge()
+
+    def merge(self):
+        """Turn every complete group of parts into its replay buffer; removes the parts when all is done."""
+        for number in range((self.count + self.group - 1) // self.group):
+            wanted = range(number * self.group, min((number + 1) * self.group, self.count))
+            stored = self.stored.get(number, 0)
+            parts = [self._part(k) for k in wanted[stored:]]
+            if parts and all(part.exists() for part in parts):
+                path = self.folder / f"replay_buffer_{number}.pt"
+                whole = load_buffer(path, mmap=False) if stored else []
+                whole += [files.load(part, "a recorded expert") for part in parts]
+                files.save(path, whole)
+                self.stored[number] = len(whole)
+                for part in parts:
+                    part.unlink()
+        if not self.missing():
+            shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
