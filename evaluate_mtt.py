@@ -57,8 +57,7 @@ def parse():
 def main():
     options = parse()
     device = choose_device(options.device)
-    name = options.override_load_path or progressive.experiment_name(options)
-    experiment = Path(options.save_path) / options.dataset / name
+    experiment = experiment_folder(options)
     names = options.override_interval_names.split(".") if options.override_interval_names else None
     folders = progressive.find_stages(experiment, options.num_intervals, names)
     real = datasets.load(options.dataset, options.data_path, device, options.zca)
@@ -85,6 +84,11 @@ def main():
         picture = report.write_report(experiment, result)
     print(report.table(result))
     print(f"report: {experiment / 'report.json'}\npicture: {picture}")
+
+
+def experiment_folder(options):
+    name = options.override_load_path or progressive.experiment_name(options)
+    return Path(options.save_path) / options.dataset / name
 
 
 class Evaluation:

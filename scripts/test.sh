@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Set up as scripts/quickstart.sh does, then lint and run the tests. Arguments go to pytest.
+set -euo pipefail
+. "$(dirname "$0")/environment.sh" requirements-dev.txt
+ruff check .
+ruff format --check .
+python -m pytest "$@"

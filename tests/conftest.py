@@ -1,0 +1,111 @@
+"""Runs of the scripts that many tests look at, made once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+PROJECT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["WANDB_MODE"] = "disabled"
+
+EXPERTS = ["--dataset", "Digits", "--model", "ConvNetW32", "--lr_teacher", "0.03", "--batch_train", "128"]
+STAGES = [
+    *EXPERTS,
+    "--ipc",
+    "1",
+    "--num_intervals",
+    "3",
+    "--max_start_epoch",
+    "2",
+    "--expert_epochs",
+    "2",
+    "--syn_steps",
+    "4",
+    "--lr_img",
+    "100",
+    "--lr_lr",
+    "1e-05",
+]
+SHORT = ["--Iteration", "5", "--eval_it", "2", "--num_eval", "2", "--override_epoch_eval_train", "4"]
+EXPERIMENT = "Digits_ConvNetW32_S_ipc1_max2_syn4_real2_img100.0_1e-05_0.03_increase"
+
+
+def run_script(script, *arguments, check=True, **options):
+    """Run a script of the project as a user does; returns the finished process."""
+    command = [sys.executable, str(PROJECT / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=options.pop("cwd", PROJECT), **options)
+    if check and done.returncode:
+        raise AssertionError(f"{script} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def call(script, *arguments, capsys=None, monkeypatch=None):
+    """Run a script's main in this process; returns (exit status, stderr). Quicker than a new process."""
+    import importlib
+
+    from utils import errors
+
+    module = importlib.import_module(script.removesuffix(".py"))
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    capsys.readouterr()
+    status = 0
+    try:
+        errors.run(module.main)
+    except SystemExit as end:
+        status = end.code
+    return status, capsys.readouterr().err
+
+
+def files_of(folder):
+    """Return {relative path: bytes} of all files below `folder`."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def make_tree(root, classes, train, test, size=32, part="test", seed=0):
+    """Write class folders of small PNG pictures."""
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    for folder, count in (("train", train), (part, test)):
+        for name in classes:
+            where = Path(root) / folder / name
+            where.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(where / f"{number:04d}.png")
+    return Path(root)
+
+
+@pytest.fixture(scope="session")
+def cifar_tree(tmp_path_factory):
+    """A small CIFAR-10 in class folders: 12 pictures of each class to train, 2 to test."""
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    return make_tree(tmp_path_factory.mktemp("data") / "cifar10", names, 12, 2)
+
+
+@pytest.fixture(scope="session")
+def buffers(tmp_path_factory):
+    """Three experts on Digits, in two files."""
+    root = tmp_path_factory.mktemp("buffers")
+    run_script(
+        "buffer_mtt.py", *EXPERTS, "--num_experts", 3, "--save_interval", 2, "--train_epochs", 4, "--buffer_path", root
+    )
+    return root
+
+
+@pytest.fixture(scope="session")
+def distilled(tmp_path_factory, buffers):
+    """Three stages on Digits; returns the experiment's folder."""
+    root = tmp_path_factory.mktemp("logged_files")
+    run_script("distill_mtt.py", *STAGES, *SHORT, "--buffer_path", buffers, "--root_log_dir", root)
+    return root / "Digits" / EXPERIMENT
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
