@@ -5,8 +5,11 @@ Parameter order and shapes match the published code, so that its buffers (lists 
 
 import re
 
+from torch import nn
+
 from networks.alexnet import AlexNet
 from networks.convnet import ConvNet
+from networks.densenet import DenseNet
 from networks.lenet import LeNet
 from networks.mlp import MLP
 from networks.resnet import ResNet
@@ -68,11 +71,57 @@ def get_network(name, channel, num_classes, im_size):
     if match := re.fullmatch(r"VGG(11|13|16|19)(BN)?", name):
         return VGG(**shape, depth=int(match[1]), norm="batch" if match[2] else "instance")
     if match := re.fullmatch(r"ResNet(18|6)ImageNet", name):
-        return ResNet(**shape, depth=int(match[1]), imagenet=True)
+        return ResNet(**shape, depth=int(match[1]), stem="7x7/4")
     if match := re.fullmatch(r"ResNet(10|18|34|50|101|152)(BN)?(_AP)?", name):
         norm = "batch" if match[2] else "instance"
-        return ResNet(**shape, depth=int(match[1]), norm=norm, average=bool(match[3]))
+        return ResNet(**shape, depth=int(match[1]), norm=norm, average=bool(match[3]), keep_map=bool(match[3]))
     raise ValueError(f"unknown network {name!r}; known: {', '.join(NAMES)}")
+
+
+def idc_network(net_type, channel, num_classes, im_size, depth=3, width=1.0, norm="instance"):
+    """Return a freshly initialised network of the IDC family.
+
+    Args:
+        net_type: convnet, resnet, resnet_ap, densenet or efficientnet.
+        channel: input channels.
+        num_classes: outputs.
+        im_size: input height and width in pixels.
+        depth: blocks of a ConvNet; 10, 18, … of a ResNet.
+        width: factor on the 128 channels of the ConvNet or on the ResNet's.
+        norm: instance, batch, none, or sn (spectral normalisation of every convolution).
+
+    Raises:
+        ValueError: unknown type or depth, or pictures too small.
+    """
+    shape = {"channel": channel, "num_classes": num_classes, "im_size": im_size}
+    plain = "none" if norm == "sn" else norm
+    if net_type == "convnet":
+        network = ConvNet(**shape, width=int(128 * width), depth=depth, norm=plain)
+    elif net_type in ("resnet", "resnet_ap"):
+        if depth not in RESNET_DEPTHS:
+            raise ValueError(f"ResNet of depth {depth}: one of {', '.join(map(str, RESNET_DEPTHS))} expected")
+        # CIFAR's form up to 32 pixels; from there the channels double, and the stem pools at 128 and 224 pixels.
+        stem = "3x3" if im_size <= 64 else "3x3/2" if im_size <= 128 else "7x7/4"
+        channels = int((32 if im_size <= 32 else 64) * width)
+        average = net_type == "resnet_ap"
+        network = ResNet(**shape, depth=depth, norm=plain, average=average, stem=stem, width=channels)
+    elif net_type == "densenet":
+        network = DenseNet(**shape)
+    elif net_type == "efficientnet":
+        from torchvision.models import efficientnet_b0  # only evaluations need it
+
+        network = efficientnet_b0(num_classes=num_classes)
+        if channel != 3:
+            raise ValueError(f"EfficientNet-B0 needs 3 channels, the pictures have {channel}")
+    else:
+        raise ValueError(
+            f"unknown network type {net_type!r}; known: convnet, resnet, resnet_ap, densenet, efficientnet"
+        )
+    if norm == "sn":
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.utils.parametrizations.spectral_norm(module)
+    return network
 
 
 def eval_pool(eval_mode, model):

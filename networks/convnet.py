@@ -42,6 +42,7 @@ class ConvNet(nn.Module):
         size = 32 if is_padded_28(channel, im_size) else im_size
         if pool != "none" and size >> depth < 1:
             raise ValueError(f"{depth} poolings need at least {2**depth} pixels, the pictures have {im_size}")
+        self.depth = depth
         blocks, inputs = [], channel
         for block in range(depth):
             padding = 3 if block == 0 and is_padded_28(channel, im_size) else 1
@@ -56,6 +57,14 @@ class ConvNet(nn.Module):
         self.features = nn.Sequential(*blocks)
         self.pool = nn.AdaptiveAvgPool2d(1) if global_pool else nn.Identity()
         self.classifier = nn.Linear(width * (1 if global_pool else size * size), num_classes)
+
+    def blocks(self, x):
+        """Return the maps after each block, as a list."""
+        maps, per_block = [], len(self.features) // self.depth
+        for block in range(self.depth):
+            x = self.features[block * per_block : (block + 1) * per_block](x)
+            maps.append(x)
+        return maps
 
     def forward(self, x):
         return self.classifier(self.pool(self.features(x)).flatten(1))

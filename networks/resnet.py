@@ -1,7 +1,8 @@
 """ResNet (He et al., CVPR 2016) in the forms that MTT and IDC evaluate with.
 
 MTT family: 64 channels, a 3x3 stem; the `_AP` variants halve the size by average pooling instead of strides;
-the ImageNet form has the 7x7 stem with max pooling.
+the ImageNet form has the 7x7 stem with max pooling. IDC: 32 channels for CIFAR; ResNetAP pools the stem at 128
+pixels and above.
 """
 
 from torch import nn
@@ -83,38 +84,61 @@ class ResNet(nn.Module):
 
     Args:
         depth: 6, 10, 18, 34, 50, 101 or 152.
-        norm: instance or batch.
-        average: halve the size by average pooling, and keep every pixel of the last map for the classifier (`_AP`).
-        imagenet: 7x7 stem of stride 2 with max pooling.
+        norm: instance, batch or none.
+        average: halve the size by average pooling instead of strides (`_AP`).
+        stem: 3x3 or 7x7, followed by pooling to half (3x3/2), or to a quarter (7x7/4) of the size; `average` pools
+            by averages there, too.
+        width: channels of the first layer; each later layer has twice as many.
+        keep_map: give every pixel of the last map to the classifier (MTT's `_AP`) instead of their mean.
     """
 
-    def __init__(self, channel, num_classes, im_size, depth, norm="instance", average=False, imagenet=False):
+    def __init__(
+        self,
+        channel,
+        num_classes,
+        im_size,
+        depth,
+        norm="instance",
+        average=False,
+        stem="3x3",
+        width=64,
+        keep_map=False,
+    ):
         super().__init__()
         block, counts = DEPTHS[depth]
-        self.average = average
-        if imagenet:
-            self.conv1 = nn.Conv2d(channel, 64, 7, stride=2, padding=3, bias=False)
-            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.keep_map = keep_map
+        if stem == "7x7/4" and not average:
+            self.conv1 = nn.Conv2d(channel, width, 7, stride=2, padding=3, bias=False)
+            self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         else:
-            self.conv1 = nn.Conv2d(channel, 64, 3, padding=1, bias=False)
-            self.maxpool = nn.Identity()
-        self.bn1 = normalisation(norm, 64)
-        inputs = 64
-        for layer, (planes, count) in enumerate(zip([64, 128, 256, 512], counts, strict=True), 1):
+            size = int(stem[0])
+            self.conv1 = nn.Conv2d(channel, width, size, padding=size // 2, bias=False)
+            reduction = int(stem[4:] or 1)
+            kind = nn.AvgPool2d if average else nn.MaxPool2d
+            self.pool = kind(reduction) if reduction > 1 else nn.Identity()
+        self.bn1 = normalisation(norm, width)
+        inputs = width
+        for layer, count in enumerate(counts):
             blocks = []
             for position in range(count):
-                stride = 2 if layer > 1 and position == 0 else 1
-                blocks.append(block(inputs, planes, stride, norm, average))
-                inputs = planes * block.expansion
-            setattr(self, f"layer{layer}", nn.Sequential(*blocks))
-        pixels = (im_size // 8) ** 2 if average else 1
-        if pixels < 1:
-            raise ValueError(f"ResNet_AP needs at least 8 pixels, the pictures have {im_size}")
+                stride = 2 if layer > 0 and position == 0 else 1
+                blocks.append(block(inputs, width * 2**layer, stride, norm, average))
+                inputs = width * 2**layer * block.expansion
+            setattr(self, f"layer{layer + 1}", nn.Sequential(*blocks))
+        pixels = (im_size // 8) ** 2 if keep_map else 1
+        if im_size < 8:
+            raise ValueError(f"ResNet needs at least 8 pixels, the pictures have {im_size}")
         self.classifier = nn.Linear(inputs * pixels, num_classes)
 
+    def blocks(self, x):
+        """Return the maps after the stem and after each layer, as a list."""
+        maps = [self.pool(F.relu(self.bn1(self.conv1(x))))]
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            maps.append(layer(maps[-1]))
+        return maps
+
     def forward(self, x):
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        if not self.average:
+        x = self.blocks(x)[-1]
+        if not self.keep_map:
             x = F.adaptive_avg_pool2d(x, 1)
         return self.classifier(x.flatten(1))

@@ -5,10 +5,13 @@ import math
 import torch
 
 
-def fill_parameters(network):
-    """Fill the parameters of `network` (in place) by the recipe of the facts; returns the network in float64."""
+def fill_parameters(network, named=None):
+    """Fill the parameters of `network` (in place) by the recipe of the facts; returns the network in float64.
+
+    `named` lists (name, parameter) in the order of the published network, where that is not the network's own.
+    """
     network = network.double()
-    for index, (name, parameter) in enumerate(network.named_parameters()):
+    for index, (name, parameter) in enumerate(named or network.named_parameters()):
         k = torch.arange(parameter.numel(), dtype=torch.float64)
         wave = torch.cos(0.11 * k + 0.37 * index).reshape(parameter.shape)
         if parameter.dim() > 1:

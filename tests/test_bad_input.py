@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,7 @@ def test_mistakes_on_the_command_line(script, arguments, words, place, capsys, m
     paths = ["--buffer_path", place / "buffers"]
     paths += {B: [], D: ["--root_log_dir", place / "logs"], E: ["--save_path", place / "logs"]}[script]
     refused(script, [*(SHORT if script == D else []), *arguments, *paths], place, words, capsys, monkeypatch)
+    assert not Path("/nowhere").exists()
 
 
 class Malice:

@@ -5,6 +5,7 @@ format of its authors, as torchvision downloads it; Tiny ImageNet also as its au
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -292,14 +293,14 @@ def _check_labels(where, pictures, kind):
 def _download_cifar(name, root):
     import torchvision
 
+    missing = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
-        with open(os.devnull, "w") as nowhere:
-            before, sys.stdout = sys.stdout, nowhere
-            try:
-                getattr(torchvision.datasets, name)(str(root), download=True)
-            finally:
-                sys.stdout = before
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            getattr(torchvision.datasets, name)(str(root), download=True)
     except Exception as error:
+        for folder in missing:  # those that torchvision made, deepest first
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         raise UserError(
             f"{name} is not in {root} (neither train/<class>/ nor the original files), and downloading it failed "
             f"({one_line(error)[:100]}); put the data there or name their folder with --data_path"
