@@ -183,3 +183,53 @@ def random_windows(images, rng, size, samples):
     columns = (left[:, None] + place) % width
     which = torch.arange(total, device=device) % count
     return images[which[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def cutmix(x, setting, rng):
+    """CutMix (Yun et al., ICCV 2019) as IDC uses it: one box and one share for the whole batch.
+
+    Args:
+        x: (B, C, H, W).
+        setting: (probability of mixing this batch, beta of the Beta distribution).
+        rng: numpy.random.Generator.
+
+    Returns:
+        (mixed pictures, permutation (B,) of the partners, share of the pictures' own labels).
+    """
+    probability, beta = setting
+    height, width = x.shape[2:]
+    mixes = rng.random() < probability
+    share = rng.beta(beta, beta)
+    other = torch.from_numpy(rng.permutation(len(x))).to(x.device)
+    side = math.sqrt(1 - share)
+    bounds = []
+    for size in (height, width):
+        centre, cut = int(rng.integers(size)), int(size * side)
+        bounds += [max(centre - cut // 2, 0), min(centre + cut // 2, size)]
+    if not mixes:
+        return x, other, 1.0
+    top, bottom, left, right = bounds
+    mixed = x.clone()
+    mixed[:, :, top:bottom, left:right] = x[other, :, top:bottom, left:right]
+    return mixed, other, 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def random_resized_crop(x, rng, smallest=0.08):
+    """Random resized crop and flip (Szegedy et al., CVPR 2015), each picture its own.
+
+    Args:
+        x: (B, C, H, W).
+        rng: numpy.random.Generator.
+        smallest: share of the area that a crop keeps at least; aspect ratios are 3/4 to 4/3.
+    """
+    count = len(x)
+    area = rng.uniform(smallest, 1, count)
+    ratio = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), count))
+    width, height = np.minimum(np.sqrt(area * ratio), 1), np.minimum(np.sqrt(area / ratio), 1)
+    centre_x, centre_y = rng.uniform(-1, 1, (2, count)) * (1 - np.stack([width, height]))
+    sign = np.where(rng.random(count) < FLIP, -1, 1)
+    theta = np.zeros((count, 2, 3), dtype=np.float32)
+    theta[:, 0, 0], theta[:, 0, 2] = width * sign, centre_x
+    theta[:, 1, 1], theta[:, 1, 2] = height, centre_y
+    grid = F.affine_grid(torch.from_numpy(theta).to(x), x.shape, align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

@@ -62,7 +62,7 @@ class Source:
     """Pictures and labels to train or test on, as tensors on one device.
 
     Args:
-        images: (N, C, H, W), uint8 pixels or float32 in network space.
+        images: (N, C, H, W): uint8 pixels, float32 pixels in [0, 1], or float32 in network space.
         labels: (N,) int64.
         statistics: (mean, std) of pixels in [0, 1], per channel; None where images are in network space.
     """
@@ -81,8 +81,10 @@ class Source:
     def batch(self, index):
         """Return network-space pictures (B, C, H, W) float32 and labels (B,) at `index` (a tensor or slice)."""
         images = self.images[index]
+        if images.dtype == torch.uint8:
+            images = images.float().div_(255)
         if self.normalise:
-            images = images.float().div_(255).sub_(self.mean).div_(self.std)
+            images = images.sub(self.mean).div_(self.std)
         return images, self.labels[index]
 
 
@@ -94,12 +96,12 @@ class RealData:
         train, test: `Source`s.
     """
 
-    def __init__(self, name, pictures, device, whitening=None):
+    def __init__(self, name, pictures, device, whitening=None, statistics=None):
         self.name = name
         self.num_classes = len(pictures.class_names)
         self.class_names = pictures.class_names
         self.channel, self.im_size = pictures.train_images.shape[1:3]
-        self.statistics = KINDS[name].statistics
+        self.statistics = statistics or KINDS[name].statistics
         self.whitening = whitening
         self.train = self._source(pictures.train_images, pictures.train_labels, device)
         self.test = self._source(pictures.test_images, pictures.test_labels, device)
@@ -123,6 +125,10 @@ class RealData:
         mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in self.statistics)
         return images * std + mean
 
+    def source(self, pixels, labels):
+        """Return a `Source` of pictures (N, C, H, W) in [0, 1] that are normalised as the real ones are."""
+        return Source(pixels, labels, self.statistics)
+
     def random_indices(self, label, count, rng):
         """Return `count` different indices of training pictures of class `label`, drawn from `rng`.
 
@@ -138,7 +144,7 @@ class RealData:
         return rng.choice(indices, count, replace=False)
 
 
-def load(name, data_path, device, whiten=False):
+def load(name, data_path, device, whiten=False, statistics=None):
     """Load data set `name` and put it on `device`.
 
     Args:
@@ -146,13 +152,14 @@ def load(name, data_path, device, whiten=False):
         data_path: folder of the data.
         device: torch.device.
         whiten: ZCA whitening fitted on the training pictures instead of mean and standard deviation.
+        statistics: (mean, std) instead of the data set's own.
 
     Raises:
         UserError: the data are missing or damaged.
     """
     pictures = read(name, data_path)
     if not whiten:
-        return RealData(name, pictures, device)
+        return RealData(name, pictures, device, statistics=statistics)
     return RealData(name, pictures, device, _whitening(pictures.train_images, data_path, device))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from utils import files, training
+from utils.augment import DSA
 from utils.datasets import Source
 from utils.errors import UserError
 from utils.runtime import stream
@@ -85,6 +86,40 @@ def read_stage(folder):
     """Return what is known of a stage's progress: {} before its end, else the contents of its stage.json."""
     path = Path(folder) / STAGE
     return files.read_json(path, "the summary of a finished stage") if path.exists() else {}
+
+
+def idc_recipe(options, epochs, real_pictures=False, lr_factor=1.0):
+    """Return IDC's recipe: SGD whose learning rate drops to a fifth at 2/3 and at 5/6, DSA and CutMix.
+
+    Args:
+        options: namespace of `utils.idc_options.resolve`.
+        epochs: of the training.
+        real_pictures: the recipe of the epochs on real pictures between sweeps, at a constant learning rate with the
+            augmentation of the matching (without cutout where CutMix is on), instead of an evaluation's.
+        lr_factor: on the learning rate.
+    """
+    mix = options.mixup_net if real_pictures else options.mixup
+    cut = (options.mix_p, options.beta) if mix == "cut" else None
+    if real_pictures:
+        strategy = options.aug_type
+        if cut:
+            strategy = "_".join(name for name in strategy.split("_") if name != "cutout") or "none"
+        dsa, drops = DSA(strategy, "idc"), ()
+    else:
+        dsa = DSA(options.dsa_strategy, "idc") if options.dsa else None
+        drops = ((2 * epochs // 3 - 1, 0.2), (5 * epochs // 6 - 1, 0.2))
+    crop = options.rrc and not options.dsa and not real_pictures
+    return training.Recipe(
+        epochs,
+        options.lr * lr_factor,
+        options.momentum,
+        options.weight_decay,
+        options.batch_size,
+        dsa,
+        drops,
+        cutmix=cut,
+        crop=crop,
+    )
 
 
 def synthetic_source(synthetic):

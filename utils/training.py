@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import networks
-from utils.augment import DSA, random_windows
+from utils.augment import DSA, cutmix, random_resized_crop, random_windows
 from utils.files import Checkpoint
 from utils.runtime import seeded, stream
 
@@ -26,6 +26,8 @@ class Recipe:
         drops: ((epoch, factor), …): after the epoch of that index (from 0) the learning rate is multiplied.
         window: pixels of the random windows shown of larger canvases (texture mode), None for whole pictures.
         samples: windows of each canvas.
+        cutmix: (probability, beta) of CutMix for each minibatch, None for none.
+        crop: random resized crops and flips, for large pictures.
     """
 
     epochs: int
@@ -37,6 +39,8 @@ class Recipe:
     drops: tuple = ()
     window: int | None = None
     samples: int = 1
+    cutmix: tuple | None = None
+    crop: bool = False
 
     def lr_at(self, epoch):
         """Return the learning rate of the epoch with index `epoch`."""
@@ -101,24 +105,68 @@ def train(network, source, recipe, seed, keys, optimizer=None, masks=None, each_
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(epoch)
                 group["momentum"], group["weight_decay"] = recipe.momentum, recipe.weight_decay
-            loss = _train_epoch(network, optimizer, source, recipe, stream(seed, *keys, epoch), masks)
+            loss = train_epoch(network, optimizer, source, recipe, stream(seed, *keys, epoch), masks)
             if each_epoch:
                 each_epoch(epoch, loss)
     return optimizer
 
 
-def _train_epoch(network, optimizer, source, recipe, rng, masks):
-    """One pass in random order; returns the mean loss as a tensor on the device."""
-    count = len(source)
+def train_together(members, source, recipe, seed, keys, optimizers=None, checkpoint=None):
+    """Train several networks on the same pictures, each with its own random streams.
+
+    Args:
+        members: list of networks, trained in place.
+        keys: list of one tuple for each; other arguments as for `train`.
+        optimizers: list of earlier optimisers, None for new ones.
+
+    Returns:
+        The list of optimisers.
+    """
+    optimizers = optimizers or [None] * len(members)
+    done = []
+    checkpoint = checkpoint or Checkpoint()
+
+    def state():
+        return {"networks": [m.state_dict() for m in members[: len(done)]], "done": [d.state_dict() for d in done]}
+
+    with checkpoint.loop("members", keys, state) as saved:
+        for k, (member, values) in enumerate(zip(members, saved["networks"] if saved else [], strict=False)):
+            member.load_state_dict(values)
+            done.append(optimizers[k] or optimizer_for(member, recipe))
+            done[k].load_state_dict(saved["done"][k])
+        for k in range(len(done), len(members)):
+            done.append(train(members[k], source, recipe, seed, keys[k], optimizers[k], checkpoint=checkpoint))
+    return done
+
+
+def train_epoch(network, optimizer, source, recipe, rng, masks=None, index=None):
+    """One pass over the pictures in random order.
+
+    Args:
+        index: (n,) positions of the pictures of this pass, None for all of `source`.
+
+    Returns:
+        The mean loss, a 0-dim tensor on the device.
+    """
+    count = len(source) if index is None else len(index)
     order = torch.from_numpy(rng.permutation(count)).to(source.labels.device)
+    if index is not None:
+        order = index[order]
     total = torch.zeros((), device=order.device)
     for start in range(0, count, recipe.batch_size):
         x, y = source.batch(order[start : start + recipe.batch_size])
         if recipe.window:
             x, y = random_windows(x, rng, recipe.window, recipe.samples), y.repeat(recipe.samples)
+        if recipe.crop:
+            x = random_resized_crop(x, rng)
         if recipe.dsa:
             x = recipe.dsa.apply(x, recipe.dsa.draw(len(x), rng))
-        loss = F.cross_entropy(network(x), y)
+        if recipe.cutmix:
+            x, other, share = cutmix(x, recipe.cutmix, rng)
+            logits = network(x)
+            loss = share * F.cross_entropy(logits, y) + (1 - share) * F.cross_entropy(logits, y[other])
+        else:
+            loss = F.cross_entropy(network(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
