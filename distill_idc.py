@@ -90,7 +90,7 @@ class Run:
     def __init__(self, options, real, folder):
         self.options, self.real, self.folder = options, real, folder
         self.device = real.train.images.device
-        self.iterations = max(1, options.niter * 100 // options.inner_loop)
+        self.iterations = max(1, int(options.niter * 100 / options.inner_loop + 1e-9))
         self.augment = DSA(options.aug_type, "idc")
         self.mean, self.std = (torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in real.statistics)
         idc.check_network(options, real)

@@ -15,6 +15,7 @@ import networks
 import utils.options as o
 from utils import augment, datasets, errors, files, progressive, report, synset, training
 from utils.errors import UserError
+from utils.evaluation import Contender, Evaluation, evaluate_and_report
 from utils.reparam import FlatNetwork, set_parameters
 from utils.runtime import choose_device, versions
 from utils.trajectories import Experts, find_buffers
@@ -80,10 +81,25 @@ def main():
         )
         return
     with files.locked(experiment):
-        result = Evaluation(options, real, unions, experiment).run(pool)
-        picture = report.write_report(experiment, result)
-    print(report.table(result))
-    print(f"report: {experiment / 'report.json'}\npicture: {picture}")
+        checkpoint = files.Checkpoint(experiment / "evaluation_checkpoint.pt", options.checkpoint_minutes)
+        evaluation = Evaluation(
+            real,
+            [progressive.synthetic_source(union) for union in unions],
+            [len(union) // real.num_classes for union in unions],
+            options.seed,
+            checkpoint,
+            0 if options.skip_random else options.num_eval,
+            0 if options.skip_full else options.full_networks,
+        )
+        contenders = Contenders(options, real, unions, experiment)
+        evaluate_and_report(
+            experiment,
+            options.dataset,
+            evaluation,
+            [contenders.make(model) for model in pool],
+            {key: value for key, value in vars(options).items() if key not in o.FREE},
+            versions(),
+        )
 
 
 def experiment_folder(options):
@@ -91,15 +107,13 @@ def experiment_folder(options):
     return Path(options.save_path) / options.dataset / name
 
 
-class Evaluation:
-    """Staged evaluation of one experiment for a pool of networks."""
+class Contenders:
+    """Makes the networks of an evaluation and says how they are trained."""
 
     def __init__(self, options, real, unions, experiment):
         self.options, self.real, self.unions, self.experiment = options, real, unions, experiment
         self.dsa = augment.DSA(options.dsa_strategy)
         self.starts = self.find_starts()
-        self.checkpoint = files.Checkpoint(experiment / "evaluation_checkpoint.pt", options.checkpoint_minutes)
-        self.configured = {key: value for key, value in vars(options).items() if key not in o.FREE}
 
     def find_starts(self):
         """Return the experts whose first parameters the networks start from, None where there are no buffers."""
@@ -112,61 +126,23 @@ class Evaluation:
         network = training.new_network(options.model, self.real, options.seed, "shape")
         return Experts(folder, FlatNetwork(network).shapes, 1, options.model)
 
-    def run(self, pool):
-        """Evaluate every network of `pool`; returns the report."""
+    def make(self, model):
+        """Return the `Contender` of one architecture."""
         options = self.options
-        models = {}
+        window = self.real.im_size if options.texture else None
 
-        with self.checkpoint.loop("models", sorted(self.configured.items()), lambda: {"models": models}) as saved:
-            models |= saved["models"] if saved else {}
-            for model in pool:
-                if model not in models:
-                    models[model] = self.evaluate(model)
-        self.checkpoint.clear()
-        first = models[pool[0]]
-        return {
-            "dataset": options.dataset,
-            "model": pool[0],
-            **first,
-            "models": models,
-            "config": {**vars(options), "versions": versions()},
-        }
+        def recipe(epochs, lr, window=None):
+            return training.evaluation_recipe(epochs, lr, options.batch_train, self.dsa, window, options.canvas_samples)
 
-    def evaluate(self, model):
-        """Return {"stages", "random", "full"} of one architecture."""
-        options = self.options
-        runs, parts = [], {}
-        with self.checkpoint.loop("model", model, lambda: {"runs": runs, "parts": parts}) as saved:
-            if saved:
-                runs += saved["runs"]
-                parts |= saved["parts"]
-            sources = [progressive.synthetic_source(union) for union in self.unions]
-            count = options.num_experts if model == options.model else options.num_eval
-            progress = report.Progress(count, f"{model}, network", len(runs))
-            for k in range(len(runs), count):
-                network = self.network(model, k)
-                runs.append(
-                    progressive.staged_accuracies(
-                        network,
-                        sources,
-                        lambda stage: self.recipe(self.unions[stage].syn_lr),
-                        self.real.test,
-                        options.seed,
-                        ("distilled", model, k),
-                        self.checkpoint,
-                    )
-                )
-                if options.save_model:
-                    path = self.experiment / f"{options.save_model_prefix}_{model}_{k}.pt"
-                    files.save(path, [parameter.detach().cpu() for parameter in network.parameters()])
-                progress.update(accuracy=runs[-1][-1])
-            progress.close()
-            if "random" not in parts:
-                parts["random"] = None if options.skip_random else self.random_row(model)
-            if "full" not in parts:
-                parts["full"] = None if options.skip_full else self.full_row(model)
-        totals = [len(union) // self.real.num_classes for union in self.unions]
-        return {"stages": report.stage_rows(totals, runs), **parts}
+        return Contender(
+            name=model,
+            count=options.num_experts if model == options.model else options.num_eval,
+            network=lambda k: self.network(model, k),
+            recipe=lambda stage: recipe(options.epoch_eval_train, self.unions[stage].syn_lr, window),
+            random_recipe=lambda stage: recipe(options.epoch_eval_train, options.lr_teacher),
+            full_recipe=recipe(options.full_epochs, options.lr_teacher),
+            keep=lambda k, network: self.keep(model, k, network),
+        )
 
     def network(self, model, k):
         """Return network k at its start: from expert k where its experts are there, else from a random stream."""
@@ -177,60 +153,11 @@ class Evaluation:
             set_parameters(network, [p.view_as(q) for p, q in zip(parts, network.parameters(), strict=True)])
         return network
 
-    def recipe(self, lr, window=True):
-        options = self.options
-        size = self.real.im_size if options.texture and window else None
-        return training.evaluation_recipe(
-            options.epoch_eval_train, lr, options.batch_train, self.dsa, size, options.canvas_samples
-        )
-
-    def random_row(self, model):
-        """The same networks through the same stages on random real pictures, with the experts' learning rate."""
-        options = self.options
-        ipc = len(self.unions[0]) // self.real.num_classes
-        runs = []
-        with self.checkpoint.loop("random", model, lambda: {"runs": runs}) as saved:
-            runs += saved["runs"] if saved else []
-            for k in range(len(runs), options.num_eval):
-                sources = progressive.random_unions(self.real, ipc, len(self.unions), options.seed, (k,))
-                runs.append(
-                    progressive.staged_accuracies(
-                        self.network(model, k),
-                        sources,
-                        lambda stage: self.recipe(options.lr_teacher, window=False),
-                        self.real.test,
-                        options.seed,
-                        ("random", model, k),
-                        self.checkpoint,
-                    )
-                )
-        return report.summary([run[-1] for run in runs])
-
-    def full_row(self, model):
-        """The same network trained on all real pictures, with the experts' learning rate and momentum 0.9."""
-        options = self.options
-        recipe = training.evaluation_recipe(options.full_epochs, options.lr_teacher, options.batch_train, self.dsa)
-        results = []
-        with self.checkpoint.loop("full", model, lambda: {"results": results}) as saved:
-            results += saved["results"] if saved else []
-            for k in range(len(results), options.full_networks):
-                network = self.network(model, k)
-                progress = report.Progress(options.full_epochs, f"{model}, full training set, epoch")
-
-                def shown(_epoch, loss, progress=progress):
-                    progress.update(loss=loss)
-
-                training.train(
-                    network,
-                    self.real.train,
-                    recipe,
-                    options.seed,
-                    ("full", model, k),
-                    each_epoch=shown,
-                    checkpoint=self.checkpoint,
-                )
-                results.append(training.accuracy(network, self.real.test))
-        return report.summary(results)
+    def keep(self, model, k, network):
+        """Save the trained network where --save_model asks for it."""
+        if self.options.save_model:
+            path = self.experiment / f"{self.options.save_model_prefix}_{model}_{k}.pt"
+            files.save(path, [parameter.detach().cpu() for parameter in network.parameters()])
 
 
 if __name__ == "__main__":

@@ -73,3 +73,46 @@ def match_unrolled(network, start, target, syn_lr, images, labels, steps, dsa=No
     loss = (theta - target).square().sum() / (start - target).square().sum()
     loss.backward()
     return loss.detach(), images.grad, syn_lr.grad
+
+
+def idc_sweeps_sequential(network, images, earlier, batches, lr, momentum, factor, dsa, normalise, metric, bias, fc):
+    """The published sweep: class by class, each class's gradient followed by one step of SGD on ALL images.
+
+    Args:
+        images: (K, n, C, H, W), changed in place.
+        earlier: (K, n, stages, C, H, W) frozen images or None.
+        batches: for each sweep and class (real pictures in [0, 1], DSA draw).
+    """
+    from utils.formation import decode
+
+    optimizer = torch.optim.SGD([images], lr=lr, momentum=momentum)
+    parameters = list(network.parameters())
+    losses = []
+    for sweep in batches:
+        for label, (real, draw) in enumerate(sweep):
+            images.requires_grad_()
+            block = images[label]
+            if earlier is not None:
+                block = torch.cat([earlier[label], block[:, None]], dim=1).flatten(0, 1)
+            both = torch.cat([normalise(real), normalise(decode(block, factor))])
+            both = dsa.apply(both, draw)
+            x_real, x_syn = both[: len(real)].detach(), both[len(real) :]
+
+            def gradient(x, keep, label=label):
+                loss = F.cross_entropy(network(x), torch.full((len(x),), label))
+                return torch.autograd.grad(loss, parameters, create_graph=keep)
+
+            loss = 0
+            for g_real, g_syn in zip(gradient(x_real, False), gradient(x_syn, True), strict=True):
+                if (g_real.dim() == 1 and not bias) or (g_real.dim() == 2 and not fc):
+                    continue
+                if metric == "mse":
+                    loss = loss + ((g_real - g_syn) ** 2).sum()
+                elif metric == "l1":
+                    loss = loss + (g_real - g_syn).abs().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    images.requires_grad_(False)
+    return losses

@@ -122,7 +122,7 @@ def test_stage_folders_can_be_named(distilled, buffers, capsys, monkeypatch):
 
 def test_random_unions_grow_by_real_pictures():
     real = datasets.load("Digits", "", torch.device("cpu"))
-    unions = progressive.random_unions(real, 2, 3, 0, (1,))
+    unions = progressive.random_unions(real, [2, 4, 6], 0, (1,))
     assert [len(u) for u in unions] == [20, 40, 60]
     train = {tuple(x.flatten().tolist()) for x in real.train.batch(slice(None))[0]}
     for small, large in itertools.pairwise(unions):

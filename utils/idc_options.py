@@ -104,7 +104,7 @@ def add(parser, start_interval):
     match("--bias", type=o.truth, default=False, help="match gradients of biases and normalisations, too")
     match("--fc", type=o.truth, default=False, help="match gradients of linear layers, too")
     match("--f_idx", type=o.NATURAL, default=4, help="block whose features are matched; the last where there are fewer")
-    match("--niter", type=o.COUNT, default=500, help="outer iterations, times 100 / inner_loop")
+    match("--niter", type=iterations, default=500, help="outer iterations, times 100 / inner_loop")
     match("--inner_loop", type=o.COUNT, default=100, help="sweeps over the classes in one outer iteration")
     match("--early", type=o.NATURAL, default=0, help="real epochs of a network before its first sweep")
     match("--fix_iter", type=o.number(int, low=-1), default=-1, help="outer iterations with one network (-1: one)")
@@ -146,6 +146,12 @@ def add(parser, start_interval):
     output("--time", action="store_true", help="print the seconds of each outer iteration")
     o.add_wandb(parser.add_argument_group("machine"))
     return defaults
+
+
+def iterations(text):
+    """Parse --niter: a number > 0, whole where it is (folder names hold it); fractions make runs shorter than 1."""
+    value = o.POSITIVE(text)
+    return int(value) if value == int(value) else value
 
 
 class _Group:

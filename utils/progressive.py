@@ -213,17 +213,22 @@ def staged_accuracies(network, stages, recipe_of, test, seed, keys, checkpoint):
     return done
 
 
-def random_unions(real, ipc, stages, seed, keys):
+def random_unions(real, ipc_totals, seed, keys):
     """Return the unions of a distillation that learned nothing: random real pictures of equal number.
 
+    Args:
+        real: `RealData`.
+        ipc_totals: images of each class after each stage.
+        seed, keys: of the random stream.
+
     Returns:
-        List of `stages` `Source`s, each holding `ipc` more pictures of every class than the one before.
+        List of `Source`s; each union begins with the pictures of the one before.
     """
     rng = stream(seed, "random", *keys)
     device = real.train.images.device
-    chosen = np.stack([real.random_indices(c, ipc * stages, rng) for c in range(real.num_classes)])
+    chosen = np.stack([real.random_indices(c, max(ipc_totals), rng) for c in range(real.num_classes)])
     unions = []
-    for stage in range(stages):
-        index = torch.from_numpy(chosen[:, : ipc * (stage + 1)].reshape(-1)).to(device)
+    for total in ipc_totals:
+        index = torch.from_numpy(chosen[:, :total].reshape(-1)).to(device)
         unions.append(Source(*real.train.batch(index)))
     return unions
