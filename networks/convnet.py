@@ -5,6 +5,7 @@ The network of dataset distillation since Gidaris & Komodakis (CVPR 2018); sizes
 
 from torch import nn
 
+from networks import fused
 from networks.layers import activation, is_padded_28, normalisation, pooling
 
 
@@ -43,6 +44,7 @@ class ConvNet(nn.Module):
         if pool != "none" and size >> depth < 1:
             raise ValueError(f"{depth} poolings need at least {2**depth} pixels, the pictures have {im_size}")
         self.depth = depth
+        self.fuses = (norm, act, pool) == ("instance", "relu", "avg")
         blocks, inputs = [], channel
         for block in range(depth):
             padding = 3 if block == 0 and is_padded_28(channel, im_size) else 1
@@ -62,9 +64,17 @@ class ConvNet(nn.Module):
         """Return the maps after each block, as a list."""
         maps, per_block = [], len(self.features) // self.depth
         for block in range(self.depth):
-            x = self.features[block * per_block : (block + 1) * per_block](x)
+            layers = self.features[block * per_block : (block + 1) * per_block]
+            if self.fuses:
+                x = layers[0](x)
+                if fused.applies(x):
+                    x = fused.norm_relu_pool(x, layers[1].weight, layers[1].bias)
+                else:
+                    x = layers[1:](x)
+            else:
+                x = layers(x)
             maps.append(x)
         return maps
 
     def forward(self, x):
-        return self.classifier(self.pool(self.features(x)).flatten(1))
+        return self.classifier(self.pool(self.blocks(x)[-1]).flatten(1))
