@@ -65,14 +65,11 @@ class ConvNet(nn.Module):
         maps, per_block = [], len(self.features) // self.depth
         for block in range(self.depth):
             layers = self.features[block * per_block : (block + 1) * per_block]
-            if self.fuses:
-                x = layers[0](x)
-                if fused.applies(x):
-                    x = fused.norm_relu_pool(x, layers[1].weight, layers[1].bias)
-                else:
-                    x = layers[1:](x)
+            y = layers[0](x)
+            if self.fuses and fused.applies(y):
+                x = fused.norm_relu_pool(y, layers[1].weight, layers[1].bias)
             else:
-                x = layers(x)
+                x = layers[1:](y)
             maps.append(x)
         return maps
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pictures of 8x8 pixels; tests often share a machine
 os.environ["WANDB_MODE"] = "disabled"
 
 EXPERTS = ["--dataset", "Digits", "--model", "ConvNetW32", "--lr_teacher", "0.03", "--batch_train", "128"]
@@ -107,5 +107,5 @@ def distilled(tmp_path_factory, buffers):
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def one_thread():
+    torch.set_num_threads(1)

@@ -1,11 +1,9 @@
-"""The published ways, written plainly: one picture at a time, every graph kept. The tests compare with these."""
+"""Definitions written out literally, one picture at a time, for the tests to compare with."""
 
 import math
 
 import torch
 from torch.nn import functional as F
-
-from utils.reparam import FlatNetwork
 
 
 def augment_one(x, name, u, align_corners):
@@ -48,71 +46,3 @@ def augment_one(x, name, u, align_corners):
         )
     grid = F.affine_grid(theta[None], (1, channels, height, width), align_corners=align_corners)
     return F.grid_sample(x[None], grid, padding_mode="zeros", align_corners=align_corners)[0]
-
-
-def match_unrolled(network, start, target, syn_lr, images, labels, steps, dsa=None):
-    """The published matching iteration: every step's graph is kept, one backward pass through all of them.
-
-    Args:
-        steps: list of (indices into images, draw or None).
-
-    Returns:
-        (loss, gradient of images, gradient of syn_lr).
-    """
-    student = FlatNetwork(network)
-    images = images.clone().requires_grad_()
-    syn_lr = syn_lr.clone().requires_grad_()
-    theta = start.clone().requires_grad_()
-    for index, draw in steps:
-        x = images[index]
-        if draw is not None:
-            x = dsa.apply(x, draw)
-        loss = F.cross_entropy(student(theta, x), labels[index])
-        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-        theta = theta - syn_lr * gradient
-    loss = (theta - target).square().sum() / (start - target).square().sum()
-    loss.backward()
-    return loss.detach(), images.grad, syn_lr.grad
-
-
-def idc_sweeps_sequential(network, images, earlier, batches, lr, momentum, factor, dsa, normalise, metric, bias, fc):
-    """The published sweep: class by class, each class's gradient followed by one step of SGD on ALL images.
-
-    Args:
-        images: (K, n, C, H, W), changed in place.
-        earlier: (K, n, stages, C, H, W) frozen images or None.
-        batches: for each sweep and class (real pictures in [0, 1], DSA draw).
-    """
-    from utils.formation import decode
-
-    optimizer = torch.optim.SGD([images], lr=lr, momentum=momentum)
-    parameters = list(network.parameters())
-    losses = []
-    for sweep in batches:
-        for label, (real, draw) in enumerate(sweep):
-            images.requires_grad_()
-            block = images[label]
-            if earlier is not None:
-                block = torch.cat([earlier[label], block[:, None]], dim=1).flatten(0, 1)
-            both = torch.cat([normalise(real), normalise(decode(block, factor))])
-            both = dsa.apply(both, draw)
-            x_real, x_syn = both[: len(real)].detach(), both[len(real) :]
-
-            def gradient(x, keep, label=label):
-                loss = F.cross_entropy(network(x), torch.full((len(x),), label))
-                return torch.autograd.grad(loss, parameters, create_graph=keep)
-
-            loss = 0
-            for g_real, g_syn in zip(gradient(x_real, False), gradient(x_syn, True), strict=True):
-                if (g_real.dim() == 1 and not bias) or (g_real.dim() == 2 and not fc):
-                    continue
-                if metric == "mse":
-                    loss = loss + ((g_real - g_syn) ** 2).sum()
-                elif metric == "l1":
-                    loss = loss + (g_real - g_syn).abs().sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
-    images.requires_grad_(False)
-    return losses

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import networks
-from tests.oracles import idc_sweeps_sequential
+from benchmarks.baseline import idc_sweeps, unfused
 from utils.augment import DSA
 from utils.formation import decode_class
 from utils.gradient_matching import METRICS, distance, matched_parameters, matching_loss, momentum_ahead, sweep
@@ -27,14 +27,14 @@ def test_batched_sweeps_equal_the_published_loop(metric, bias, fc, stages):
         for _ in range(3)
     ]
     lr, momentum = 0.05, 0.5
+    plain = unfused(networks.idc_network("convnet", 3, 10, 16, depth=2, width=0.0625).double())
+    plain.load_state_dict(network.state_dict())
 
     def normalise(x):
         return (x - 0.45) / 0.25
 
     expected = images.clone()
-    losses = idc_sweeps_sequential(
-        network, expected, earlier, batches, lr, momentum, 2, dsa, normalise, metric, bias, fc
-    )
+    losses = idc_sweeps(plain, expected, earlier, batches, lr, momentum, 2, dsa.apply, normalise, metric, bias, fc)
 
     found, velocity, sums = images.clone(), torch.zeros_like(images), []
     for sweep_batches in batches:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import networks
-from tests.oracles import match_unrolled
+from benchmarks.baseline import match_unrolled, unfused
 from tests.recipe import fill_parameters, wave_images
 from utils.augment import DSA
 from utils.errors import UserError
@@ -71,7 +71,8 @@ def case(batch=5, total=11, steps=7, size=16, channels=3, name="ConvNetW32"):
     assert len({draw[0][0] for _, draw in plan}) > 2
     made = [Step(index, lambda x, draw=draw: dsa.apply(x, draw)) for index, draw in plan]
     lr = torch.tensor(0.03, dtype=torch.float64)
-    expected = match_unrolled(network, start, target, lr, images, labels, plan, dsa)
+    plain_network = unfused(networks.get_network(name, channels, 4, size).double())
+    expected = match_unrolled(plain_network, start, target, lr, images, labels, plan, dsa.apply)
     return FlatNetwork(network), start, target, lr, images, labels, made, expected
 
 

@@ -1,0 +1,60 @@
+"""Memory and time of trajectory matching in constant-memory mode (no graph kept).
+
+    python benchmarks/memory.py --json
+
+Rows: constant memory against full unrolling at 50 steps; constant memory at 100 steps against 10; constant memory
+against keeping all graphs.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import harness, matching
+
+CASE = {"model": "ConvNet"}
+
+
+def published(**arguments):
+    return matching.published(**arguments)
+
+
+def constant(**arguments):
+    return matching.project(**arguments, kept_steps=0)
+
+
+def all_kept(**arguments):
+    return matching.project(**arguments)
+
+
+def ten_steps(**arguments):
+    return matching.project(**{**arguments, "steps": 10}, kept_steps=0)
+
+
+def main():
+    options = harness.parser(__doc__).parse_args()
+    rows = []
+    for model in ("ConvNet", "ConvNetW32"):
+        case = {"model": model, "device": options.device}
+        for label, first, second, steps in (
+            ("50 steps: unrolling -> constant memory", "published", "constant", 50),
+            ("50 steps: all graphs kept -> constant memory", "all_kept", "constant", 50),
+            ("constant memory: 10 -> 100 steps", "ten_steps", "constant", 100),
+        ):
+            rows.append(
+                harness.pair(
+                    f"{model}, {label}",
+                    "benchmarks.memory",
+                    first,
+                    second,
+                    {**case, "steps": steps},
+                    options.pairs,
+                    options.threads,
+                )
+            )
+    harness.show("memory of trajectory matching", rows, options)
+
+
+if __name__ == "__main__":
+    main()
