@@ -15,6 +15,8 @@ For cotangents V of ∂x, f of ∂w and g of ∂b, with v0 = mean(V), v1 = mean(
 so that both planes are sums of V, A and x with one factor for each picture and channel.
 """
 
+import functools
+
 import torch
 from torch.nn import functional as F
 
@@ -39,26 +41,40 @@ def norm_relu_pool(x, weight, bias):
     return _Block.apply(x, weight, bias)
 
 
-def _pool_matrix(width, like):
+SMALL = 64  # planes of so few pixels are pooled by one product
+
+
+@functools.lru_cache
+def _column_matrix(width, dtype):
     """(width, width / 2) matrix that adds neighbouring columns and divides by the four pixels of a window."""
-    matrix = torch.eye(width // 2, dtype=like.dtype, device=like.device) / 4
-    return matrix.repeat_interleave(2, dim=0)
+    return (torch.eye(width // 2, dtype=dtype) / 4).repeat_interleave(2, dim=0)
+
+
+@functools.lru_cache
+def _window_matrix(height, width, dtype):
+    """(height * width, height * width / 4) matrix that averages windows of four pixels."""
+    rows = torch.eye(height // 2, dtype=dtype).repeat_interleave(2, dim=0)
+    return torch.kron(rows, _column_matrix(width, dtype))
 
 
 def _pool(z):
-    """2x2 average pooling: rows are added, columns by a product; quicker than avg_pool2d on a CPU."""
+    """2x2 average pooling by products, quicker than avg_pool2d on a CPU; larger planes add their rows first."""
+    count, channels, height, width = z.shape
+    if height * width <= SMALL:
+        pooled = z.reshape(count * channels, -1) @ _window_matrix(height, width, z.dtype)
+        return pooled.view(count, channels, height // 2, width // 2)
     rows = z[:, :, 0::2] + z[:, :, 1::2]
-    return rows @ _pool_matrix(z.shape[3], z)
+    return rows @ _column_matrix(width, z.dtype)
 
 
-def _unpool(p):
-    """The transpose of `_pool`: (N, C, H / 2, W / 2) to a view (N, C, H / 2, 2, W) whose rows repeat."""
-    spread = p @ _pool_matrix(2 * p.shape[3], p).T
-    return spread.unsqueeze(3).expand(-1, -1, -1, 2, -1)
-
-
-def _masked(planes, z):
-    """Return `planes` (…, H / 2, 2, W) where the activations z (N, C, H, W) are positive, zero elsewhere."""
+def _unpool_masked(p, z):
+    """The transpose of `_pool` where the activations z (N, C, H, W) are positive, zero elsewhere."""
+    count, channels, height, width = z.shape
+    if height * width <= SMALL:
+        spread = p.reshape(count * channels, -1) @ _window_matrix(height, width, z.dtype).T
+        return torch.ops.aten.threshold_backward(spread.view(z.shape), z, 0)
+    spread = p @ _column_matrix(width, z.dtype).T
+    planes = spread.unsqueeze(3).expand(-1, -1, -1, 2, -1)
     return torch.ops.aten.threshold_backward(planes, z.view(planes.shape), 0).view(z.shape)
 
 
@@ -94,7 +110,7 @@ class _BlockBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gradient, x, weight, z, mean, rstd):
         count, channels, height, width = x.shape
-        a = _masked(_unpool(gradient), z)
+        a = _unpool_masked(gradient, z)
         gx, gw, gb = torch.ops.aten.native_group_norm_backward(
             a, x, mean, rstd, weight, count, channels, height * width, channels, [True, True, True]
         )
@@ -119,8 +135,7 @@ class _BlockBackward(torch.autograd.Function):
         rest = g - rw * v0 - along_x * mean
         planes = torch.addcmul(_planes(rest), v, _planes(rw))
         planes.addcmul_(x, _planes(along_x))
-        halves = planes.view(*planes.shape[:2], planes.shape[2] // 2, 2, planes.shape[3])
-        gradient = _pool(_masked(halves, z))
+        gradient = _pool(torch.ops.aten.threshold_backward(planes, z, 0))
 
         weight_gradient = (pixels * r * q).sum(0)
 

@@ -16,7 +16,7 @@ def inputs(count, channels, size):
     return [t.requires_grad_() for t in (x, weight, bias)]
 
 
-@pytest.mark.parametrize("size", [2, 6, 8])
+@pytest.mark.parametrize("size", [2, 6, 8, 10])
 def test_first_and_second_derivatives(size):
     arguments = inputs(2, 3, size)
     torch.testing.assert_close(fused.norm_relu_pool(*arguments), plain(*arguments), rtol=0, atol=1e-12)
