@@ -7,7 +7,7 @@ import torch
 import distill_mtt
 import evaluate_mtt
 import networks
-from tests.conftest import EXPERIMENT, STAGES, call, run_script
+from tests.conftest import EXPERIMENT, STAGES, call, make_tree, run_script
 from utils import datasets, files, progressive, report, synset, training
 from utils.augment import DSA
 from utils.datasets import Source
@@ -181,21 +181,42 @@ def test_published_commands_agree_on_the_folder(number, monkeypatch):
     assert evaluate_mtt.experiment_folder(evaluate_mtt.parse()) == written
 
 
-def test_a_published_command_runs_from_experts_to_report(cifar_tree, tmp_path):
-    """The first CIFAR-10 row in its own words, made short by options that its folder's name does not hold."""
-    data = ["--data_path", cifar_tree, "--buffer_path", tmp_path / "buffers"]
-    published = ["--dataset=CIFAR10", "--model=ConvNet", "--train_epochs=50", "--num_experts=100", "--zca"]
-    # Minibatches of 4, so that experts on these 120 pictures move about as far as students do.
-    short = ["--num_experts", 1, "--train_epochs", 7, "--batch_train", 4]
-    run_script("buffer_mtt.py", *published, *data, *short)
-    distillation, evaluation = (command.split() for command in SEED_COMMANDS[0])
-    run_script("distill_mtt.py", *distillation, *data, "--root_log_dir", tmp_path / "logs", "--Iteration", 1,
-               "--batch_syn", 2, "--batch_train", 12, "--num_eval", 1, "--override_epoch_eval_train", 1)  # fmt: skip
+def run_published(number, published, epochs, tree, tmp_path):
+    """Run a row in its own words, made short by options that its folder's name does not hold."""
+    data = ["--data_path", tree, "--buffer_path", tmp_path / "buffers"]
+    # Small minibatches, so that experts on so few pictures move about as far as students do.
+    run_script("buffer_mtt.py", *published.split(), *data, "--num_experts", 1, "--train_epochs", epochs,
+               "--batch_train", 4 if number < 2 else 32)  # fmt: skip
+    distillation, evaluation = (command.split() for command in SEED_COMMANDS[number])
+    short = ["--Iteration", 1, "--batch_syn", 2, "--batch_train", 12 if number < 2 else 256, "--num_eval", 1]
+    run_script("distill_mtt.py", *distillation, *data, "--root_log_dir", tmp_path / "logs", *short,
+               "--override_epoch_eval_train", 1)  # fmt: skip
     done = run_script("evaluate_mtt.py", *evaluation, *data, "--save_path", tmp_path / "logs", "--num_experts", 1,
-                      "--epoch_eval_train", 1, "--num_eval", 1, "--full_epochs", 1)  # fmt: skip
+                      "--epoch_eval_train", 1, "--num_eval", 1, "--skip_full")  # fmt: skip
     assert "stage 1-5" in done.stdout
-    stages = sorted(path.name for path in (tmp_path / "logs").glob("*/*/interval*"))
+    return sorted(path.name for path in (tmp_path / "logs").glob("*/*/interval*"))
+
+
+CIFAR_EXPERTS = "--dataset=CIFAR10 --model=ConvNet --train_epochs=50 --num_experts=100 --zca"
+
+
+def test_a_published_command_runs_from_experts_to_report(cifar_tree, tmp_path):
+    stages = run_published(0, CIFAR_EXPERTS, 7, cifar_tree, tmp_path)
     assert stages == [f"interval{p}_epoch{5 * p - 4}-{5 * p}" for p in range(1, 6)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_every_published_command_runs_from_experts_to_report(number, tmp_path):
+    """Takes about a quarter of an hour: python -m pytest -m slow."""
+    classes, size, part = ((10, 32, "test"), (100, 32, "test"), (200, 64, "val"))[number // 2]
+    tree = make_tree(tmp_path / "data", [f"class{n:03d}" for n in range(classes)], 12, 1, size, part)
+    published = CIFAR_EXPERTS.replace("CIFAR10", "CIFAR100") if number in (2, 3) else CIFAR_EXPERTS
+    if number >= 4:
+        published = "--dataset Tiny --model=ConvNetD4 --train_epochs 24"
+    reach = {1: 15, 2: 20, 3: 20, 4: 20, 5: 20}[number]
+    stages = run_published(number, published, reach + 3, tree, tmp_path)
+    assert sorted(stages) == sorted(f"interval{p}_epoch{reach * (p - 1) + 1}-{reach * p}" for p in range(1, 6))
 
 
 def test_table_and_spread():
