@@ -210,10 +210,11 @@ def test_zca_saves_pictures_for_the_eye(tmp_path, cifar_tree):
     run_script("buffer_mtt.py", *common, "--num_experts", 1, "--train_epochs", 3, "--buffer_path", tmp_path / "b")
     assert (tmp_path / "b" / "CIFAR10" / "ConvNetW32" / "replay_buffer_0.pt").exists()
     stages = ["--ipc", 1, "--num_intervals", 1, "--max_start_epoch", 2, "--expert_epochs", 1, "--syn_steps", 2]
+    stages += ["--lr_lr", 0]  # random pixels teach no learning rate
     run_script(
         "distill_mtt.py", *common, *stages, *SHORT, "--buffer_path", tmp_path / "b", "--root_log_dir", tmp_path / "l"
     )
-    name = "CIFAR10_ConvNetW32_S_ipc1_max2_syn2_real1_img1000.0_1e-05_0.01_increase_zca"
+    name = "CIFAR10_ConvNetW32_S_ipc1_max2_syn2_real1_img1000.0_0.0_0.01_increase_zca"
     folder = tmp_path / "l" / "CIFAR10" / name
     pixels = torch.load(folder / "images_zca_0.pt", weights_only=True)
     real = datasets.read("CIFAR10", cifar_tree).train_images
