@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import distill_idc
-from tests.conftest import call, files_of, run_script
+from tests.conftest import call, files_of, make_tree, run_script
 from utils import datasets, idc
 from utils.idc_options import evaluation_epochs
 
@@ -52,6 +52,24 @@ ROWS = [
 @pytest.mark.parametrize("words,folder", ROWS)
 def test_published_commands_name_the_published_folders(words, folder, monkeypatch):
     assert str(idc.save_folder(parsed(words, monkeypatch))) == f"results/{folder}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words,folder", ROWS[:4])
+def test_published_commands_run_and_evaluate(words, folder, tmp_path):
+    """Shortened by options that the folder's name shows; takes minutes: python -m pytest -m slow."""
+    dataset = "cifar100" if "cifar100" in words else "cifar10"
+    classes = 100 if dataset == "cifar100" else 10
+    tree = make_tree(tmp_path / "data", [f"class{n:03d}" for n in range(classes)], 48, 1)
+    short = ["--niter", "0.01", "--inner_loop", "1", "--epochs", "5", "--num-intervals", "2"]
+    both = [*shlex.split(words), "--data_dir", tree, "--results", tmp_path / "results", *short]
+    run_script(D, *both)
+    name = re.sub(r"niter\d+", "niter0.01", folder.replace("nd2000", "nd2000_inloop1"))
+    images = [torch.load(tmp_path / "results" / name / f"interval_{s}_data.pt", weights_only=True)[0] for s in (0, 1)]
+    assert len(images[1]) == 2 * len(images[0])
+    both = [word for word in both if word not in ("--start-interval", "0")]
+    done = run_script(E, *both, "--eval_models", "self", "--epochs", 1, "--skip_full", "--skip_random")
+    assert "stage 1-2" in done.stdout
 
 
 BASE = "conv3in_grad_l1_nd500_cut_lr0.005_random_ipc1"
