@@ -135,7 +135,7 @@ def locked(folder, name=LOCK):
             raise UserError(
                 f"{folder}: another process is writing there; wait for it, or choose another folder"
             ) from None
-        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+        for leftover in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink(missing_ok=True)
         yield folder
 

@@ -91,24 +91,40 @@ def train(network, source, recipe, seed, keys, optimizer=None, masks=None, each_
     optimizer = optimizer or optimizer_for(network, recipe)
     checkpoint = checkpoint or Checkpoint()
     network.train()
-    epoch = 0
+    epoch, position = 0, Position()
 
     def state():
-        return {"epoch": epoch, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
+        return {
+            "epoch": epoch,
+            "batch": position.batch,
+            "total": position.total,
+            "network": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
 
     with checkpoint.loop("training", keys, state) as saved:
         if saved:
             network.load_state_dict(saved["network"])
             optimizer.load_state_dict(saved["optimizer"])
+            position = Position(saved["batch"], saved["total"])
         for epoch in range(saved["epoch"] if saved else 0, recipe.epochs):
-            checkpoint.tick()
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(epoch)
                 group["momentum"], group["weight_decay"] = recipe.momentum, recipe.weight_decay
-            loss = train_epoch(network, optimizer, source, recipe, stream(seed, *keys, epoch), masks)
+            rng = stream(seed, *keys, epoch)
+            loss = train_epoch(network, optimizer, source, recipe, rng, masks, None, position, checkpoint.tick)
+            position = Position()
             if each_epoch:
                 each_epoch(epoch, loss)
     return optimizer
+
+
+@dataclasses.dataclass
+class Position:
+    """How far an epoch is: the minibatches done, and the sum of their losses times their pictures."""
+
+    batch: int = 0
+    total: float | torch.Tensor = 0.0
 
 
 def train_together(members, source, recipe, seed, keys, optimizers=None, checkpoint=None):
@@ -139,11 +155,14 @@ def train_together(members, source, recipe, seed, keys, optimizers=None, checkpo
     return done
 
 
-def train_epoch(network, optimizer, source, recipe, rng, masks=None, index=None):
+def train_epoch(network, optimizer, source, recipe, rng, masks=None, index=None, position=None, tick=None):
     """One pass over the pictures in random order.
 
     Args:
         index: (n,) positions of the pictures of this pass, None for all of `source`.
+        position: `Position` to go on from; the minibatches before it are drawn, so that the later ones see the same
+            random numbers, but not trained on.
+        tick: called before every minibatch.
 
     Returns:
         The mean loss, a 0-dim tensor on the device.
@@ -152,8 +171,13 @@ def train_epoch(network, optimizer, source, recipe, rng, masks=None, index=None)
     order = torch.from_numpy(rng.permutation(count)).to(source.labels.device)
     if index is not None:
         order = index[order]
-    total = torch.zeros((), device=order.device)
-    for start in range(0, count, recipe.batch_size):
+    position = position or Position()
+    first = position.batch
+    total = torch.zeros((), device=order.device) + position.total
+    for number, start in enumerate(range(0, count, recipe.batch_size)):
+        if number >= first and tick:
+            position.batch, position.total = number, total
+            tick()
         x, y = source.batch(order[start : start + recipe.batch_size])
         if recipe.window:
             x, y = random_windows(x, rng, recipe.window, recipe.samples), y.repeat(recipe.samples)
@@ -161,18 +185,21 @@ def train_epoch(network, optimizer, source, recipe, rng, masks=None, index=None)
             x = random_resized_crop(x, rng)
         if recipe.dsa:
             x = recipe.dsa.apply(x, recipe.dsa.draw(len(x), rng))
+        other, share = None, 1.0
         if recipe.cutmix:
             x, other, share = cutmix(x, recipe.cutmix, rng)
-            logits = network(x)
-            loss = share * F.cross_entropy(logits, y) + (1 - share) * F.cross_entropy(logits, y[other])
-        else:
-            loss = F.cross_entropy(network(x), y)
+        if number < first:
+            continue
+        logits = network(x)
+        loss = F.cross_entropy(logits, y)
+        if other is not None:
+            loss = share * loss + (1 - share) * F.cross_entropy(logits, y[other])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if masks:
             apply_masks(masks)
-        total += loss.detach() * min(recipe.batch_size, count - start)
+        total = total + loss.detach() * min(recipe.batch_size, count - start)
     return total / count
 
 
