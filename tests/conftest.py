@@ -67,16 +67,18 @@ def files_of(folder):
 
 
 def make_tree(root, classes, train, test, size=32, part="test", seed=0):
-    """Write class folders of small PNG pictures."""
+    """Write class folders of small PNG pictures that a network can learn: a coarse pattern of each class, and noise."""
     from PIL import Image
 
     rng = np.random.default_rng(seed)
+    patterns = {name: rng.integers(40, 216, (4, 4, 3)) for name in classes}
     for folder, count in (("train", train), (part, test)):
         for name in classes:
             where = Path(root) / folder / name
             where.mkdir(parents=True)
+            pattern = np.kron(patterns[name], np.ones((size // 4, size // 4, 1), dtype=int))
             for number in range(count):
-                pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+                pixels = (pattern + rng.integers(-40, 41, pattern.shape)).astype(np.uint8)
                 Image.fromarray(pixels).save(where / f"{number:04d}.png")
     return Path(root)
 
