@@ -92,31 +92,28 @@ def match(student, start, target, syn_lr, images, labels, steps, first_learned=0
     scale = 1 / (start - target).square().sum()
     loss = (theta - target).square().sum() * scale
     adjoint = 2 * scale * (theta - target)
-    images_gradient = torch.zeros_like(images[first_learned:])
+    images_gradient = torch.zeros_like(images)
     lr_gradient = torch.zeros_like(syn_lr)
     for number in reversed(range(len(steps))):
         step = steps[number]
         graphs = kept.pop(number, None)
         if graphs is None:
             graphs = _gradient_graphs(student, thetas.pop(), images, labels, step, slice_size, keep=True)
-        learned = bool((step.index >= first_learned).any()) if first_learned else True
         products, input_gradients = [], []
         for part in graphs:
             lr_gradient -= part.gradient.detach() @ adjoint
-            wanted = ([part.theta] if number else []) + ([part.inputs] if learned else [])
-            if not wanted:
-                continue
-            found = list(torch.autograd.grad(part.gradient, wanted, adjoint))
-            if number:
-                products.append(found.pop(0))
-            if learned:
-                input_gradients.append(found[0])
-        if learned:
-            pulled = _pull_back(images, step, torch.cat(input_gradients))
-            _add_learned(images_gradient, step.index, first_learned, -syn_lr * pulled)
+            # The first step's λ is of no use to anybody.
+            *product, input_gradient = torch.autograd.grad(
+                part.gradient, [part.theta, part.inputs] if number else [part.inputs], adjoint
+            )
+            products += product
+            input_gradients.append(input_gradient)
+        pulled = _pull_back(images, step, torch.cat(input_gradients))
+        images_gradient.index_add_(0, step.index, -syn_lr * pulled)
         if number:
             adjoint = adjoint - syn_lr * sum(products)
-    return loss, images_gradient, lr_gradient
+    # Frozen pictures take part in the sums as well: telling them apart would wait for the device in every step.
+    return loss, images_gradient[first_learned:], lr_gradient
 
 
 @dataclasses.dataclass
@@ -150,13 +147,6 @@ def _pull_back(images, step, gradient):
     if augmented is chosen:
         return gradient
     return torch.autograd.grad(augmented, chosen, gradient)[0]
-
-
-def _add_learned(total, index, first_learned, gradient):
-    if first_learned:
-        learned = index >= first_learned
-        index, gradient = index[learned] - first_learned, gradient[learned]
-    total.index_add_(0, index, gradient)
 
 
 def choose_kept_steps(wanted, student, start, images, labels, steps, slice_size, device):
