@@ -141,15 +141,11 @@ def accuracies(make_network, count, synthetic, recipe, test, seed, keys, checkpo
     Returns:
         List of `count` accuracies in percent.
     """
-    source = synthetic_source(synthetic)
-    done = []
-    with checkpoint.loop("evaluation", keys, lambda: {"done": done}) as saved:
-        done += saved["done"] if saved else []
-        for k in range(len(done), count):
-            network = make_network(k)
-            training.train(network, source, recipe, seed, (*keys, k), checkpoint=checkpoint)
-            done.append(training.accuracy(network, test))
-    return done
+    members = [make_network(k) for k in range(count)]
+    training.train_together(
+        members, synthetic_source(synthetic), recipe, seed, [(*keys, k) for k in range(count)], checkpoint=checkpoint
+    )
+    return [training.accuracy(member, test) for member in members]
 
 
 def transition(

@@ -1,5 +1,6 @@
 """Training networks on real or synthetic pictures: experts, transitions and evaluations of both methods."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -127,32 +128,139 @@ class Position:
     total: float | torch.Tensor = 0.0
 
 
-def train_together(members, source, recipe, seed, keys, optimizers=None, checkpoint=None):
+def train_together(members, source, recipe, seed, keys, optimizers=None, checkpoint=None, stacked=None):
     """Train several networks on the same pictures, each with its own random streams.
 
+    The result does not depend on how many train together, but for rounding where they are stacked.
+
     Args:
-        members: list of networks, trained in place.
+        members: list of networks of one architecture, trained in place.
         keys: list of one tuple for each; other arguments as for `train`.
         optimizers: list of earlier optimisers, None for new ones.
+        stacked: train them as one batched network (torch.func), True or False; None does so on a GPU, where many
+            small networks are no slower than one, and where they have no running statistics.
 
     Returns:
         The list of optimisers.
     """
-    optimizers = optimizers or [None] * len(members)
-    done = []
+    optimizers = optimizers or [optimizer_for(member, recipe) for member in members]
     checkpoint = checkpoint or Checkpoint()
+    if stacked is None:
+        on_gpu = source.labels.device.type == "cuda"
+        stacked = on_gpu and len(members) > 1 and not any(True for _ in members[0].buffers())
+    if stacked:
+        _train_stacked(members, source, recipe, seed, keys, optimizers, checkpoint)
+        return optimizers
+    done = 0
 
     def state():
-        return {"networks": [m.state_dict() for m in members[: len(done)]], "done": [d.state_dict() for d in done]}
+        return {
+            "networks": [m.state_dict() for m in members[:done]],
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers[:done]],
+        }
 
     with checkpoint.loop("members", keys, state) as saved:
-        for k, (member, values) in enumerate(zip(members, saved["networks"] if saved else [], strict=False)):
-            member.load_state_dict(values)
-            done.append(optimizers[k] or optimizer_for(member, recipe))
-            done[k].load_state_dict(saved["done"][k])
-        for k in range(len(done), len(members)):
-            done.append(train(members[k], source, recipe, seed, keys[k], optimizers[k], checkpoint=checkpoint))
-    return done
+        if saved:
+            for member, optimizer, values, momenta in zip(
+                members, optimizers, saved["networks"], saved["optimizers"], strict=False
+            ):
+                member.load_state_dict(values)
+                optimizer.load_state_dict(momenta)
+                done += 1
+        for k in range(done, len(members)):
+            train(members[k], source, recipe, seed, keys[k], optimizers[k], checkpoint=checkpoint)
+            done += 1
+    return optimizers
+
+
+def _train_stacked(members, source, recipe, seed, keys, optimizers, checkpoint):
+    """Train `members` as one network whose parameters have one more axis."""
+    parameters, _ = torch.func.stack_module_state(members)
+    shared = copy.deepcopy(members[0]).to("meta")
+    shared.fuses = False  # the hand-written derivatives of CPUs know no batched networks
+    stack = torch.optim.SGD(parameters.values(), lr=recipe.lr)
+    names = list(parameters)
+    if all(optimizer.state for optimizer in optimizers):
+        for name in names:
+            own = [
+                optimizer.state[dict(member.named_parameters())[name]]["momentum_buffer"]
+                for member, optimizer in zip(members, optimizers, strict=True)
+            ]
+            stack.state[parameters[name]]["momentum_buffer"] = torch.stack(own)
+
+    @torch.func.vmap
+    def logits_of(values, x):
+        return torch.func.functional_call(shared, values, (x,))
+
+    epoch = 0
+    with checkpoint.loop(
+        "stack",
+        keys,
+        lambda: {
+            "epoch": epoch,
+            "parameters": {name: value.detach() for name, value in parameters.items()},
+            "optimizer": stack.state_dict(),
+        },
+    ) as saved:
+        if saved:
+            with torch.no_grad():
+                for name, value in saved["parameters"].items():
+                    parameters[name].copy_(value)
+            stack.load_state_dict(saved["optimizer"])
+        for epoch in range(saved["epoch"] if saved else 0, recipe.epochs):
+            checkpoint.tick()
+            for group in stack.param_groups:
+                group["lr"] = recipe.lr_at(epoch)
+                group["momentum"], group["weight_decay"] = recipe.momentum, recipe.weight_decay
+            streams = [stream(seed, *key, epoch) for key in keys]
+            for batches in zip(*(minibatches(source, recipe, rng) for rng in streams), strict=True):
+                x = torch.stack([batch[0] for batch in batches])
+                logits = logits_of(parameters, x)
+                # Each network's gradient comes from its own loss: the sum keeps them apart.
+                loss = sum(mixed_loss(logits[k], *batches[k][1:]) for k in range(len(members)))
+                stack.zero_grad()
+                loss.backward()
+                stack.step()
+    with torch.no_grad():
+        for k, (member, optimizer) in enumerate(zip(members, optimizers, strict=True)):
+            for name, parameter in member.named_parameters():
+                parameter.copy_(parameters[name][k])
+                if recipe.momentum:
+                    momentum = stack.state[parameters[name]]["momentum_buffer"][k]
+                    optimizer.state[parameter]["momentum_buffer"] = momentum.clone()
+
+
+def minibatches(source, recipe, rng, index=None):
+    """Draw one pass over the pictures: yields augmented pictures, labels, and CutMix's partners and share.
+
+    Args:
+        index: (n,) positions of the pictures of this pass, None for all of `source`.
+
+    Yields:
+        (x (B, C, H, W), y (B,), permutation of the partners or None, share of the own labels).
+    """
+    count = len(source) if index is None else len(index)
+    order = torch.from_numpy(rng.permutation(count)).to(source.labels.device)
+    if index is not None:
+        order = index[order]
+    for start in range(0, count, recipe.batch_size):
+        x, y = source.batch(order[start : start + recipe.batch_size])
+        if recipe.window:
+            x, y = random_windows(x, rng, recipe.window, recipe.samples), y.repeat(recipe.samples)
+        if recipe.crop:
+            x = random_resized_crop(x, rng)
+        if recipe.dsa:
+            x = recipe.dsa.apply(x, recipe.dsa.draw(len(x), rng))
+        other, share = None, 1.0
+        if recipe.cutmix:
+            x, other, share = cutmix(x, recipe.cutmix, rng)
+        yield x, y, other, share
+
+
+def mixed_loss(logits, y, other, share):
+    """Return the cross-entropy (0-dim) of `logits` (B, classes) with labels shared as CutMix did."""
+    loss = F.cross_entropy(logits, y)
+    return loss if other is None else share * loss + (1 - share) * F.cross_entropy(logits, y[other])
 
 
 def train_epoch(network, optimizer, source, recipe, rng, masks=None, index=None, position=None, tick=None):
@@ -167,40 +275,24 @@ def train_epoch(network, optimizer, source, recipe, rng, masks=None, index=None,
     Returns:
         The mean loss, a 0-dim tensor on the device.
     """
-    count = len(source) if index is None else len(index)
-    order = torch.from_numpy(rng.permutation(count)).to(source.labels.device)
-    if index is not None:
-        order = index[order]
     position = position or Position()
-    first = position.batch
-    total = torch.zeros((), device=order.device) + position.total
-    for number, start in enumerate(range(0, count, recipe.batch_size)):
-        if number >= first and tick:
-            position.batch, position.total = number, total
-            tick()
-        x, y = source.batch(order[start : start + recipe.batch_size])
-        if recipe.window:
-            x, y = random_windows(x, rng, recipe.window, recipe.samples), y.repeat(recipe.samples)
-        if recipe.crop:
-            x = random_resized_crop(x, rng)
-        if recipe.dsa:
-            x = recipe.dsa.apply(x, recipe.dsa.draw(len(x), rng))
-        other, share = None, 1.0
-        if recipe.cutmix:
-            x, other, share = cutmix(x, recipe.cutmix, rng)
+    first, pictures = position.batch, 0
+    total = torch.zeros((), device=source.labels.device) + position.total
+    for number, (x, *target) in enumerate(minibatches(source, recipe, rng, index)):
+        pictures += len(x)
         if number < first:
             continue
-        logits = network(x)
-        loss = F.cross_entropy(logits, y)
-        if other is not None:
-            loss = share * loss + (1 - share) * F.cross_entropy(logits, y[other])
+        if tick:
+            position.batch, position.total = number, total
+            tick()
+        loss = mixed_loss(network(x), *target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if masks:
             apply_masks(masks)
-        total = total + loss.detach() * min(recipe.batch_size, count - start)
-    return total / count
+        total = total + loss.detach() * len(x)
+    return total / pictures
 
 
 @torch.no_grad()
