@@ -16,7 +16,7 @@ import torch
 import networks
 import utils.options as o
 from utils import augment, datasets, errors, files, matching, progressive, report, synset, training
-from utils.reparam import FlatNetwork
+from utils.reparam import FlatNetwork, set_flat
 from utils.runtime import choose_device, stream
 from utils.trajectories import Experts, find_buffers
 
@@ -181,10 +181,7 @@ class Run:
     def network_at(self, vector):
         """Return a network of the distillation's architecture with flat parameters `vector`."""
         network = training.new_network(self.options.model, self.real, self.options.seed, "student")
-        parts = vector.to(self.device).split(self.student.sizes)
-        with torch.no_grad():
-            for parameter, part in zip(network.parameters(), parts, strict=True):
-                parameter.copy_(part.view_as(parameter))
+        set_flat(network, vector)
         return network
 
     def stage(self, stage):
@@ -343,7 +340,6 @@ class Run:
                 "last good evaluation are kept; lower --lr_lr"
             )
         recipe = self.evaluation(options.override_epoch_eval_train, synthetic.syn_lr)
-        results = []
         done = []
         with checkpoint.loop("pool", (stage, iteration), lambda: {"done": done}) as saved:
             done += saved["done"] if saved else []

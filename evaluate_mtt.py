@@ -16,7 +16,7 @@ import utils.options as o
 from utils import augment, datasets, errors, files, progressive, report, synset, training
 from utils.errors import UserError
 from utils.evaluation import Contender, Evaluation, evaluate_and_report
-from utils.reparam import FlatNetwork, set_parameters
+from utils.reparam import FlatNetwork, set_flat
 from utils.runtime import choose_device, versions
 from utils.trajectories import Experts, find_buffers
 
@@ -148,9 +148,7 @@ class Contenders:
         """Return network k at its start: from expert k where its experts are there, else from a random stream."""
         network = training.new_network(model, self.real, self.options.seed, "start", model, k)
         if model == self.options.model and self.starts and k < len(self.starts):
-            vector = self.starts.parameters(k, 0).to(next(network.parameters()).device)
-            parts = vector.split([parameter.numel() for parameter in network.parameters()])
-            set_parameters(network, [p.view_as(q) for p, q in zip(parts, network.parameters(), strict=True)])
+            set_flat(network, self.starts.parameters(k, 0))
         return network
 
     def keep(self, model, k, network):

@@ -58,7 +58,7 @@ def test_formations():
         pieces = formation.plan(count, 3, "bound", 128)
         assert [first for first, _, _ in pieces] == [0, *(last for _, last, _ in pieces[:-1])]
         assert pieces[-1][1] == count
-        assert formation.decoded_count(count, 3, "bound", 128) <= max(128, count)
+        assert sum((last - first) * f * f for first, last, f in pieces) <= max(128, count)
         assert [f for _, _, f in pieces] == sorted((f for _, _, f in pieces), reverse=True)
 
 

@@ -82,6 +82,11 @@ class DSA:
         return x
 
 
+def without(strategy, entry):
+    """Return a DSA strategy without one entry."""
+    return "_".join(name for name in strategy.split("_") if name != entry) or "none"
+
+
 def _per_image(u, column):
     return u[:, column].view(-1, 1, 1, 1)
 

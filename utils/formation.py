@@ -69,11 +69,6 @@ def decode_class(images, factor, kind, bound=BOUND):
     return torch.cat([decode(images[first:last], f) for first, last, f in plan(len(images), factor, kind, bound)])
 
 
-def decoded_count(count, factor, kind, bound=BOUND):
-    """Return how many decoded images `count` images of a class give."""
-    return sum((last - first) * f * f for first, last, f in plan(count, factor, kind, bound))
-
-
 def decode_union(images, num_classes, factor, kind):
     """Decode a class-major union.
 

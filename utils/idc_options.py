@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 import utils.options as o
+from utils.augment import without
 from utils.gradient_matching import METRICS
 
 # Name on the command line: (name of the data set here, pixels, base pixels of the scaling of lr_img).
@@ -235,11 +236,6 @@ def resolve(given, defaults, parser):
     if options.factor > options.size:
         parser.error(f"--factor {options.factor}: larger than the pictures of {options.size} pixels")
     return options
-
-
-def without(strategy, entry):
-    """Return a DSA strategy without one entry."""
-    return "_".join(name for name in strategy.split("_") if name != entry) or "none"
 
 
 def evaluation_epochs(dataset, pictures, many):

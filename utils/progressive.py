@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from utils import files, training
-from utils.augment import DSA
+from utils.augment import DSA, without
 from utils.datasets import Source
 from utils.errors import UserError
 from utils.runtime import stream
@@ -101,9 +101,7 @@ def idc_recipe(options, epochs, real_pictures=False, lr_factor=1.0):
     mix = options.mixup_net if real_pictures else options.mixup
     cut = (options.mix_p, options.beta) if mix == "cut" else None
     if real_pictures:
-        strategy = options.aug_type
-        if cut:
-            strategy = "_".join(name for name in strategy.split("_") if name != "cutout") or "none"
+        strategy = without(options.aug_type, "cutout") if cut else options.aug_type
         dsa, drops = DSA(strategy, "idc"), ()
     else:
         dsa = DSA(options.dsa_strategy, "idc") if options.dsa else None

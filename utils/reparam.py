@@ -32,18 +32,15 @@ class FlatNetwork:
         values |= {name: buffer.clone() for name, buffer in self.network.named_buffers()}
         return functional_call(self.network, values, (x,))
 
-    def flatten(self, parameters):
-        """Return one vector of a list of parameter tensors."""
-        return flatten(parameters)
-
 
 def flatten(parameters):
     """Return the concatenation of all `parameters` (tensors) as one vector (numel,)."""
     return torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
 
 
-def set_parameters(network, parameters):
-    """Copy a list of tensors into the parameters of `network`, in order."""
+def set_flat(network, vector):
+    """Copy a flat vector (numel,) into the parameters of `network`, in order; on any device."""
     with torch.no_grad():
-        for target, value in zip(network.parameters(), parameters, strict=True):
-            target.copy_(value)
+        parameters = list(network.parameters())
+        for target, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
+            target.copy_(part.view_as(target))

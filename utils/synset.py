@@ -33,10 +33,6 @@ class SyntheticSet:
         """The subset that this stage learns: a view of the last pictures."""
         return self.images[self.first_learned :]
 
-    def copy(self):
-        """Return an independent copy."""
-        return SyntheticSet(self.images.clone(), self.labels.clone(), self.syn_lr.clone(), self.first_learned)
-
     def extend(self, subset, labels, syn_lr):
         """Return the next stage's set: this one frozen, `subset` (n, C, H, W) with `labels` (n,) to be learned."""
         return SyntheticSet(
