@@ -66,8 +66,11 @@ def files_of(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
-def make_tree(root, classes, train, test, size=32, part="test", seed=0):
-    """Write class folders of small PNG pictures that a network can learn: a coarse pattern of each class, and noise."""
+def make_tree(root, classes, train, test, size=32, part="test", seed=0, wrong=0.0):
+    """Write class folders of small PNG pictures that a network can learn: a coarse pattern of each class, and noise.
+
+    The share `wrong` of them shows the pattern of any class, so that experts go on moving however long they train.
+    """
     from PIL import Image
 
     rng = np.random.default_rng(seed)
@@ -76,8 +79,9 @@ def make_tree(root, classes, train, test, size=32, part="test", seed=0):
         for name in classes:
             where = Path(root) / folder / name
             where.mkdir(parents=True)
-            pattern = np.kron(patterns[name], np.ones((size // 4, size // 4, 1), dtype=int))
             for number in range(count):
+                shown = classes[rng.integers(len(classes))] if wrong and rng.random() < wrong else name
+                pattern = np.kron(patterns[shown], np.ones((size // 4, size // 4, 1), dtype=int))
                 pixels = (pattern + rng.integers(-40, 41, pattern.shape)).astype(np.uint8)
                 Image.fromarray(pixels).save(where / f"{number:04d}.png")
     return Path(root)

@@ -188,7 +188,7 @@ def run_published(number, published, epochs, tree, tmp_path):
     run_script("buffer_mtt.py", *published.split(), *data, "--num_experts", 1, "--train_epochs", epochs,
                "--batch_train", 4 if number < 2 else 32)  # fmt: skip
     distillation, evaluation = (command.split() for command in SEED_COMMANDS[number])
-    short = ["--Iteration", 1, "--batch_syn", 2, "--batch_train", 12 if number < 2 else 256, "--num_eval", 1]
+    short = ["--Iteration", 1, "--batch_syn", 8, "--batch_train", 4 if number < 2 else 32, "--num_eval", 1]
     run_script("distill_mtt.py", *distillation, *data, "--root_log_dir", tmp_path / "logs", *short,
                "--override_epoch_eval_train", 1)  # fmt: skip
     done = run_script("evaluate_mtt.py", *evaluation, *data, "--save_path", tmp_path / "logs", "--num_experts", 1,
@@ -210,7 +210,7 @@ def test_a_published_command_runs_from_experts_to_report(cifar_tree, tmp_path):
 def test_every_published_command_runs_from_experts_to_report(number, tmp_path):
     """Takes about a quarter of an hour: python -m pytest -m slow."""
     classes, size, part = ((10, 32, "test"), (100, 32, "test"), (200, 64, "val"))[number // 2]
-    tree = make_tree(tmp_path / "data", [f"class{n:03d}" for n in range(classes)], 12, 1, size, part)
+    tree = make_tree(tmp_path / "data", [f"class{n:03d}" for n in range(classes)], 12, 1, size, part, wrong=0.5)
     published = CIFAR_EXPERTS.replace("CIFAR10", "CIFAR100") if number in (2, 3) else CIFAR_EXPERTS
     if number >= 4:
         published = "--dataset Tiny --model=ConvNetD4 --train_epochs 24"
