@@ -13,7 +13,7 @@ from pathlib import Path
 
 import networks
 import utils.options as o
-from utils import augment, datasets, errors, files, progressive, report, synset, training
+from utils import augment, errors, files, progressive, report, synset, training
 from utils.errors import UserError
 from utils.evaluation import Contender, Evaluation, evaluate_and_report
 from utils.reparam import FlatNetwork, set_flat
@@ -61,7 +61,7 @@ def main():
     experiment = experiment_folder(options)
     names = options.override_interval_names.split(".") if options.override_interval_names else None
     folders = progressive.find_stages(experiment, options.num_intervals, names)
-    real = datasets.load(options.dataset, options.data_path, device, options.zca)
+    real = o.load_data(options, device)
     pool = networks.eval_pool(options.eval_mode, options.model)
     for model in pool:
         o.check_network(model, real)
@@ -104,7 +104,7 @@ def main():
 
 def experiment_folder(options):
     name = options.override_load_path or progressive.experiment_name(options)
-    return Path(options.save_path) / options.dataset / name
+    return Path(options.save_path) / o.place(options) / name
 
 
 class Contenders:
@@ -119,7 +119,7 @@ class Contenders:
         """Return the experts whose first parameters the networks start from, None where there are no buffers."""
         options = self.options
         try:
-            folder = find_buffers(options.buffer_path, options.dataset, options.model, options.zca)
+            folder = find_buffers(options.buffer_path, o.place(options), options.model, options.zca)
         except UserError:
             report.say(f"no experts below {options.buffer_path}: networks start from random initialisations")
             return None

@@ -29,7 +29,9 @@ FREE = (
 def load_data(options, device):
     """Load the data set of an IDC run."""
     statistics = idc_options.STATISTICS.get(options.dataset)
-    return datasets.load(options.data, idc_options.data_folder(options), device, statistics=statistics)
+    size = options.size if options.dataset in idc_options.SIZED else None
+    folder, subset = idc_options.data_folder(options), idc_options.subset(options)
+    return datasets.load(options.data, folder, device, statistics=statistics, subset=subset, res=size)
 
 
 def save_folder(options):
@@ -72,7 +74,7 @@ def new_network(options, real, *keys, **other):
 
 def pretrained_path(options, number):
     """Return the file of pretrained network `number`."""
-    folder = Path("pretrained") / options.dataset / idc_options.model_tag(options)
+    folder = Path("pretrained") / idc_options.place(options) / idc_options.model_tag(options)
     return folder / f"network_{number}_epoch{options.pt_from}.pt"
 
 

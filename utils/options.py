@@ -9,9 +9,9 @@ import math
 import sys
 
 import networks
+from utils import datasets
 from utils.errors import UserError
 
-DATASETS = ("Digits", "CIFAR10", "CIFAR100", "Tiny")
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
 # Options that may differ between a run and its continuation: they do not change the results.
 FREE = (
@@ -111,11 +111,24 @@ def strategy(text):
 def add_data(parser):
     """Declare which pictures are used; returns the group."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="CIFAR10", choices=DATASETS, help="data set")
-    group.add_argument("--subset", default="imagenette", help="subset of ImageNet, where --dataset is ImageNet")
+    group.add_argument("--dataset", default="CIFAR10", choices=datasets.NAMES, help="data set; folder: own pictures")
+    group.add_argument("--subset", default="imagenette", help="of ImageNet: a name, or a file that lists class folders")
+    group.add_argument("--res", type=COUNT, help=f"pixels of ImageNet and own pictures (default: {datasets.RES})")
     group.add_argument("--data_path", default="data", help="folder of the data set; downloaded there where possible")
     group.add_argument("--zca", action="store_true", help="ZCA whitening instead of mean and standard deviation")
     return group
+
+
+def load_data(options, device):
+    """Load the data set that `add_data`'s options name."""
+    return datasets.load(
+        options.dataset, options.data_path, device, options.zca, subset=options.subset, res=options.res
+    )
+
+
+def place(options):
+    """Return where results of this data set lie below the root of all results."""
+    return datasets.place(options.dataset, options.data_path, options.subset, options.res)
 
 
 def add_augmentation(group):
