@@ -37,6 +37,7 @@ def parse():
     experiment.add_argument("--override_load_path", help="name of the experiment's folder; wins over all options")
     experiment.add_argument("--override_interval_names", help="names of the stages' folders, joined by dots")
     evaluation = parser.add_argument_group("evaluation")
+    o.add_eval_models(evaluation)
     evaluation.add_argument(
         "--num_experts", type=o.COUNT, default=100, help="networks of the distillation's architecture"
     )
@@ -63,6 +64,8 @@ def main():
     folders = progressive.find_stages(experiment, options.num_intervals, names)
     real = o.load_data(options, device)
     pool = networks.eval_pool(options.eval_mode, options.model)
+    if options.eval_models:
+        pool = list(dict.fromkeys(options.model if name == "self" else name for name in options.eval_models))
     for model in pool:
         o.check_network(model, real)
     unions = [synset.load_set(folder, device=device) for folder in folders]

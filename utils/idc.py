@@ -39,17 +39,16 @@ def save_folder(options):
     return Path(options.override_save_dir) if options.override_save_dir else idc_options.result_folder(options)
 
 
-def build_network(options, real, net_type=None, depth=None, norm=None):
-    """Return a network for the pictures of `real`; the distillation's own unless another is named."""
-    own = net_type is None
+def build_network(options, real):
+    """Return the distillation's network for the pictures of `real`."""
     return networks.idc_network(
-        net_type or options.net_type,
+        options.net_type,
         real.channel,
         real.num_classes,
         real.im_size,
-        depth or options.depth,
-        options.width if own else 1.0,
-        norm or options.norm_type,
+        options.depth,
+        options.width,
+        options.norm_type,
     )
 
 
@@ -65,10 +64,10 @@ def check_network(options, real):
         raise UserError(f"--net_type {options.net_type} on {real.name}: {error}") from None
 
 
-def new_network(options, real, *keys, **other):
-    """Return a network initialised from the stream `keys`, on the device of `real`."""
+def new_network(options, real, *keys):
+    """Return the distillation's network initialised from the stream `keys`, on the device of `real`."""
     with seeded(options.seed, "network", *keys):
-        network = build_network(options, real, **other)
+        network = build_network(options, real)
     return network.to(real.train.images.device)
 
 

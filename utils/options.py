@@ -100,6 +100,15 @@ def network_name(text):
     return text
 
 
+def network_list(text):
+    """Parse names of networks of both families joined by commas; `self` is the distillation's own."""
+    known = ("self", *networks.NAMES, *networks.IDC_NAMES)
+    names = list(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"unknown network {unknown[0]!r}; known: {', '.join(known)}")
+    return names
+
+
 def strategy(text):
     """Parse a DSA strategy: names joined by underscores, or none."""
     known = DSA_STRATEGY.split("_")
@@ -166,7 +175,7 @@ def check_network(name, real):
     try:
         networks.get_network(name, real.channel, real.num_classes, real.im_size)
     except ValueError as error:
-        raise UserError(f"--model {name} on {real.name}: {error}") from None
+        raise UserError(f"network {name} on {real.name}: {error}") from None
 
 
 def kept_steps(text):
@@ -174,17 +183,32 @@ def kept_steps(text):
     return text if text == "auto" else NATURAL(text)
 
 
-def add_experiment(group):
-    """Declare the options of PDD+MTT that name the experiment's folder, for distillation and evaluation."""
-    group.add_argument("--model", type=network_name, default="ConvNet", help="network of the distillation")
-    group.add_argument("--ipc", type=COUNT, default=1, help="pictures of each class that every stage learns")
+def add_eval_mode(group, default):
+    """Declare the pools of networks to evaluate with."""
     group.add_argument(
         "--eval_mode",
-        default="S",
+        default=default,
         choices=tuple("SMWDAPNC"),
         help="networks to evaluate with: S the same, M many, W widths, D depths, A activations, P poolings, "
         "N normalisations, C the same and ConvNet",
     )
+
+
+def add_eval_models(group):
+    """Declare a list of networks to evaluate with."""
+    group.add_argument(
+        "--eval_models",
+        type=network_list,
+        help="networks to evaluate with, joined by commas, instead of a pool: self (the distillation's own), "
+        f"{', '.join(networks.IDC_NAMES)}, or a name that --model knows",
+    )
+
+
+def add_experiment(group):
+    """Declare the options of PDD+MTT that name the experiment's folder, for distillation and evaluation."""
+    group.add_argument("--model", type=network_name, default="ConvNet", help="network of the distillation")
+    group.add_argument("--ipc", type=COUNT, default=1, help="pictures of each class that every stage learns")
+    add_eval_mode(group, "S")
     group.add_argument("--expert_epochs", type=COUNT, default=3, help="expert epochs from start to target")
     group.add_argument("--syn_steps", type=COUNT, default=20, help="student steps in one iteration")
     group.add_argument("--max_start_epoch", type=COUNT, default=25, help="number of possible start epochs")

@@ -150,7 +150,8 @@ def draw_accuracy(path, report):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.2))
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.2))
+    levels = {"random": (":", "random real pictures"), "full": ("--", "full training set")}
     for number, (name, result) in enumerate(report["models"].items()):
         stages = result["stages"]
         axes.errorbar(
@@ -160,12 +161,14 @@ def draw_accuracy(path, report):
             marker="o",
             capsize=3,
             color=f"C{number}",
-            label=f"{name}, distilled",
+            label=name,
         )
-        for kind, style, words in (("random", ":", "random real pictures"), ("full", "--", "full training set")):
+        for kind, (style, _) in levels.items():
             if result.get(kind):
-                level = result[kind]["accuracy_mean"]
-                axes.axhline(level, color=f"C{number}", linestyle=style, linewidth=1, label=f"{name}, {words}")
+                axes.axhline(result[kind]["accuracy_mean"], color=f"C{number}", linestyle=style, linewidth=1)
+    for kind, (style, words) in levels.items():
+        if any(result.get(kind) for result in report["models"].values()):
+            axes.plot([], [], color="grey", linestyle=style, linewidth=1, label=words)
     stages = next(iter(report["models"].values()))["stages"]
     axes.set_xticks([stage["stage"] for stage in stages])
     axes.set_xticklabels([f"{stage['stage']}\n({stage['ipc_total']})" for stage in stages])
@@ -173,7 +176,7 @@ def draw_accuracy(path, report):
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(f"{report['dataset']}: networks trained on the unions in order", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     figure.tight_layout()
     save_figure(path, figure)
 
