@@ -163,7 +163,7 @@ def _pictures_in(folder):
         names = sorted(entry.name for entry in os.scandir(folder))
     except OSError as error:
         raise UserError(f"{folder}: expected a folder of pictures, but it cannot be read ({error.strerror})") from None
-    return [folder / name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
+    return [os.path.join(folder, name) for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
 
 
 def _list_annotated(folder, annotations, number):
@@ -173,7 +173,7 @@ def _list_annotated(folder, annotations, number):
         fields = line.split("\t")
         if len(fields) < 2 or fields[1] not in number:
             raise UserError(f"{annotations}: line {line_number}: expected file, tab, class, found {line[:60]!r}")
-        paths.append(folder / "images" / fields[0])
+        paths.append(os.path.join(folder, "images", fields[0]))
         labels.append(number[fields[1]])
     if not paths:
         raise UserError(f"{annotations}: expected one line for each picture, found none")
@@ -189,7 +189,7 @@ def _fingerprint(root, parts, form):
                 stat = os.stat(path)
             except OSError as error:
                 raise UserError(f"{path}: cannot be read ({error.strerror}); check the data") from None
-            relative = os.path.relpath(path, root)
+            relative = path[len(str(root)) :]
             digest.update(f"{relative}\0{label}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
