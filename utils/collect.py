@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import files, progressive
+from utils import files
 from utils.errors import UserError
 
 WHAT = "the report of evaluate_mtt.py or evaluate_idc.py"
@@ -86,13 +86,13 @@ def read(folder):
     path = folder / "report.json"
     if not path.exists():
         raise UserError(f"{folder}: expected {WHAT} (report.json), found none; evaluate the result first")
-    report = files.read_json(path, WHAT)
-    if not report.get("stages") or not {"models", "config", "dataset", "model"} <= report.keys():
-        raise UserError(f"{path}: expected {WHAT}, found something else; evaluate the result again")
-    result = Result(folder, report, {}, {})
-    stages = range(1, report["config"]["num_intervals"] + 1)
+    result = Result(folder, files.read_json(path, WHAT), {}, {})
+    try:
+        rows([result])
+    except (KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"{path}: expected {WHAT}, found something else; evaluate the result again") from None
     read_stage = read_idc_stage if result.base == "IDC" else read_mtt_stage
-    for stage in stages:
+    for stage in range(1, result.report["config"]["num_intervals"] + 1):
         read_stage(result, stage)
     return result
 
@@ -100,14 +100,14 @@ def read(folder):
 def read_mtt_stage(result, stage):
     config = result.report["config"]
     names = config["override_interval_names"]
-    names = names.split(".") if names else None
-    folder = progressive.find_stages(result.folder, config["num_intervals"], names)[stage - 1]
+    found = [result.folder / names.split(".")[stage - 1]] if names else result.folder.glob(f"interval{stage}_epoch*")
+    folder = next(iter(found), result.folder)  # one stage lies in the experiment's own folder
     read_log(result, stage, folder / "metrics.jsonl")
     total = config["ipc"] * stage
     path = folder / "images_best.png"
     if path.exists() and total <= MOST_COLUMNS:
         union = read_picture(path)  # its newest images stand on the right
-        result.pictures[stage] = union[:, round((union.shape[1] - 2) * (total - config["ipc"]) / total) :]
+        result.pictures[stage] = union[:, (union.shape[1] - 2) * (total - config["ipc"]) // total :]
 
 
 def read_idc_stage(result, stage):
