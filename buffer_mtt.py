@@ -47,7 +47,9 @@ def main():
     parameters = sum(p.numel() for p in training.new_network(options.model, real, options.seed).parameters())
     size = parameters * 4 * (options.train_epochs + 1) * options.num_experts
     if options.dry_run:
-        report.dry_run(options, {"data": options.data_path}, folder, steps_of(options, len(real.train)), size)
+        report.dry_run(
+            options, {"data": options.data_path}, folder, f"{steps_of(options, len(real.train))} optimiser steps", size
+        )
         return
 
     with files.locked(folder):

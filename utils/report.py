@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils import files
+import utils.options as o
+from utils import errors, files
 
 
 class Progress:
@@ -258,3 +259,39 @@ class Log:
         self.metrics.close()
         if self.run:
             self.run.finish()
+
+
+def main():
+    """Print the reports of several results as one table, and draw them side by side."""
+    from utils import collect, figures  # which use the functions above
+
+    parser = o.Parser(
+        "Collect results: one table of their reports (Markdown), and with --out also report.md, report.csv and figures "
+        "of\naccuracies, matching losses, synthetic learning rates and the images of every stage.\n\n"
+        "    python -m utils.report logged_files/CIFAR10/* results/cifar10/* --out comparison"
+    )
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        metavar="RESULT_FOLDER",
+        help="that evaluate_mtt.py or evaluate_idc.py wrote a report into",
+    )
+    parser.add_argument(
+        "--out", help="folder for report.md, report.csv and the figures (default: print the table only)"
+    )
+    options = parser.parse_args()
+    results = [collect.read(folder) for folder in options.folders]
+    print(collect.markdown(results))
+    if not options.out:
+        return
+    out = Path(options.out)
+    for name, text in (("report.md", collect.markdown(results) + "\n"), ("report.csv", collect.table(results))):
+        with files.atomic(out / name, "w") as file:
+            file.write(text)
+        say(f"written: {out / name}")
+    for path in figures.draw_all(results, out):
+        say(f"written: {path}")
+
+
+if __name__ == "__main__":
+    errors.run(main)
