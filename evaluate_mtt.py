@@ -63,9 +63,7 @@ def main():
     names = options.override_interval_names.split(".") if options.override_interval_names else None
     folders = progressive.find_stages(experiment, options.num_intervals, names)
     real = o.load_data(options, device)
-    pool = networks.eval_pool(options.eval_mode, options.model)
-    if options.eval_models:
-        pool = list(dict.fromkeys(options.model if name == "self" else name for name in options.eval_models))
+    pool = pool_of(options)
     for model in pool:
         o.check_network(model, real)
     unions = [synset.load_set(folder, device=device) for folder in folders]
@@ -103,6 +101,13 @@ def main():
             {key: value for key, value in vars(options).items() if key not in o.FREE},
             versions(),
         )
+
+
+def pool_of(options):
+    """Return the names of the networks to evaluate with."""
+    if options.eval_models:
+        return list(dict.fromkeys(options.model if name == "self" else name for name in options.eval_models))
+    return networks.eval_pool(options.eval_mode, options.model)
 
 
 def experiment_folder(options):

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import buffer_mtt
-import evaluate_idc
+import evaluate_mtt
 import networks
 from utils import datasets, formation, gradient_matching, matching
 from utils.reparam import FlatNetwork
@@ -73,14 +73,14 @@ def of_row(steps, training=None):
 
 
 def experts(options, kind, training):
-    network = mtt_network(options.model, kind)
+    network = named_network(options.model, kind)
     memory = data_bytes(kind, training, options.zca) + training_bytes(network, kind, options.batch_train)
     disk = 4 * numel(network) * (options.train_epochs + 1) * options.num_experts
     return Size(f"{buffer_mtt.steps_of(options, training)} optimiser steps", (memory,), disk)
 
 
 def mtt_distillation(options, kind, training, recorded):
-    network = mtt_network(options.model, kind)
+    network = named_network(options.model, kind)
     total = kind.num_classes * options.ipc * options.num_intervals
     batch = min(options.batch_syn or kind.num_classes * options.ipc, total)
     with torch.device("meta"):
@@ -101,8 +101,8 @@ def mtt_distillation(options, kind, training, recorded):
 
 
 def mtt_evaluation(options, kind, training):
-    pool = networks.eval_pool(options.eval_mode, options.model)
-    largest = max(training_bytes(mtt_network(name, kind), kind, options.batch_train) for name in pool)
+    pool = evaluate_mtt.pool_of(options)
+    largest = max(training_bytes(named_network(name, kind), kind, options.batch_train) for name in pool)
     count = options.num_experts if pool == [options.model] else options.num_eval
     return Size(
         f"{options.num_intervals} stages of {options.epoch_eval_train} epochs for {count} networks of each of "
@@ -134,33 +134,31 @@ def idc_distillation(options, kind, training):
 
 
 def idc_evaluation(options, kind, training):
-    pool = [idc_network(options, kind, evaluate_idc.NETWORKS.get(name)) for name in options.eval_models.split(",")]
+    pool = [idc_network(options, kind) if name == "self" else named_network(name, kind) for name in options.eval_models]
     largest = max(training_bytes(network, kind, options.batch_size) for network in pool)
     return Size(
         f"{options.num_intervals} stages of {options.epochs} epochs for {options.repeat} networks of each of "
-        f"{options.eval_models}",
+        f"{', '.join(options.eval_models)}",
         (data_bytes(kind, training) + largest,),
         1e6,
     )
 
 
 @functools.lru_cache
-def mtt_network(name, kind):
+def named_network(name, kind):
     with torch.device("meta"):
         return networks.get_network(name, kind.channel, kind.num_classes, kind.im_size)
 
 
-def idc_network(options, kind, other=None):
-    """Return the distillation's own network, or an `other` (net_type, depth, norm) of the evaluation."""
-    net_type, depth, norm = other or (options.net_type, options.depth, options.norm_type)
-    width = 1.0 if other else options.width
-    return _idc_network(kind, net_type, depth or options.depth, width, norm or options.norm_type)
-
-
 @functools.lru_cache
-def _idc_network(kind, net_type, depth, width, norm):
+def own_network(kind, net_type, depth, width, norm):
     with torch.device("meta"):
         return networks.idc_network(net_type, kind.channel, kind.num_classes, kind.im_size, depth, width, norm)
+
+
+def idc_network(options, kind):
+    """Return the distillation's own network."""
+    return own_network(kind, options.net_type, options.depth, options.width, options.norm_type)
 
 
 def numel(network):

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import evaluate_mtt
+import utils.options as o
 from scripts import reproduce, sizes
 from tests.conftest import PROJECT, files_of, run_script
 from tests.killer import differing, run_killed
 from tests.test_evaluate_mtt import SEED_COMMANDS
 from tests.test_idc import ROWS as SEED_IDC
 from utils import datasets, errors, files, idc, matching, progressive
+from utils.pictures import Pictures
 from utils.reparam import FlatNetwork
 from utils.trajectories import buffer_folder
 
@@ -88,7 +90,7 @@ def result_name(options):
 
 def write_experts(options, network):
     """Write the replay buffers of a row, 10 experts in each; tensors share one number."""
-    folder = buffer_folder(options.buffer_path, options.dataset, options.model, options.zca)
+    folder = buffer_folder(options.buffer_path, o.place(options), options.model, options.zca)
     folder.mkdir(parents=True, exist_ok=True)
     entry = [torch.zeros(1).expand(parameter.shape) for parameter in network.parameters()]
     for number in range(-(-options.num_experts // 10)):
@@ -122,10 +124,10 @@ def test_sizes_are_those_of_dry_run(row, scale, tmp_path, monkeypatch, capsys):
     count = kind.num_classes * options.ipc * getattr(options, "factor", 1) ** 2
     images = np.zeros((count, kind.channel, kind.im_size, kind.im_size), dtype=np.uint8)
     labels = np.arange(count) % kind.num_classes
-    pictures = datasets.Pictures(images, labels, images[:1], labels[:1], [str(n) for n in range(kind.num_classes)])
+    pictures = Pictures(images, labels, images[:1], labels[:1], [str(n) for n in range(kind.num_classes)])
     monkeypatch.setattr(datasets, "load", lambda *_, **__: datasets.RealData(name, pictures, torch.device("cpu")))
     if len(steps) == 3:
-        write_experts(steps[0].options, sizes.mtt_network(options.model, kind))
+        write_experts(steps[0].options, sizes.named_network(options.model, kind))
     write_unions(options, kind)
     capsys.readouterr()
     for step, size in zip(steps, sizes.of_row(steps, training=count), strict=True):
@@ -138,7 +140,7 @@ def test_sizes_are_those_of_dry_run(row, scale, tmp_path, monkeypatch, capsys):
 
 def test_memory_of_a_graph_is_what_the_matching_counts():
     """On the device meta as with values, where the blocks are not fused."""
-    network = sizes.mtt_network("ConvNetW32", datasets.KINDS["CIFAR10"])
+    network = sizes.named_network("ConvNetW32", datasets.KINDS["CIFAR10"])
     found = []
     for device in ("meta", "cpu"):
         student = FlatNetwork(network.to_empty(device=device))
@@ -149,7 +151,7 @@ def test_memory_of_a_graph_is_what_the_matching_counts():
             found.append(
                 matching.graph_bytes(student, torch.zeros(student.numel), torch.zeros(20, 3, 32, 32), labels, step)
             )
-    sizes.mtt_network.cache_clear()
+    sizes.named_network.cache_clear()
     assert found[0] == pytest.approx(found[1], rel=0.02)
 
 
