@@ -57,7 +57,7 @@ def _window_matrix(height, width, dtype):
     return torch.kron(rows, _column_matrix(width, dtype))
 
 
-def _pool(z):
+def pool(z):
     """2x2 average pooling by products, quicker than avg_pool2d on a CPU; larger planes add their rows first."""
     count, channels, height, width = z.shape
     if height * width <= SMALL:
@@ -68,38 +68,81 @@ def _pool(z):
 
 
 def _unpool_masked(p, z):
-    """The transpose of `_pool` where the activations z (N, C, H, W) are positive, zero elsewhere."""
+    """The transpose of `pool` where the activations z (N, C, H, W) are positive, zero elsewhere."""
     count, channels, height, width = z.shape
     if height * width <= SMALL:
         spread = p.reshape(count * channels, -1) @ _window_matrix(height, width, z.dtype).T
         return torch.ops.aten.threshold_backward(spread.view(z.shape), z, 0)
     spread = p @ _column_matrix(width, z.dtype).T
-    planes = spread.unsqueeze(3).expand(-1, -1, -1, 2, -1)
-    return torch.ops.aten.threshold_backward(planes, z.view(planes.shape), 0).view(z.shape)
+    gradient = torch.empty_like(z)
+    for row in (0, 1):  # of each window
+        target = gradient[:, :, row::2]
+        torch.ops.aten.threshold_backward.grad_input(spread, z[:, :, row::2], 0, grad_input=target)
+    return gradient
 
 
 def _dot(a, b):
     """Mean of a * b over each plane, (N, C)."""
-    count, channels, height, width = a.shape
-    a, b = a.reshape(-1, 1, height * width), b.reshape(-1, height * width, 1)
-    return torch.bmm(a, b).view(count, channels) / (height * width)
+    return (a * b).mean((2, 3))
 
 
 def _planes(scalars):
     return scalars[:, :, None, None]
 
 
+def forward(x, weight, bias):
+    """Return relu(instance_norm(x) * weight + bias), and mean and 1 / √(variance + ε) of each plane (N, C)."""
+    count, channels, height, width = x.shape
+    z, mean, rstd = torch.ops.aten.native_group_norm(
+        x, weight, bias, count, channels, height * width, channels, EPSILON
+    )
+    return F.relu_(z), mean, rstd
+
+
+def backward(gradient, x, weight, z, mean, rstd):
+    """Return (A, ∂x, ∂w, ∂b) for the gradient (N, C, H / 2, W / 2) of the output."""
+    count, channels, height, width = x.shape
+    a = _unpool_masked(gradient, z)
+    return a, *torch.ops.aten.native_group_norm_backward(
+        a, x, mean, rstd, weight, count, channels, height * width, channels, [True, True, True]
+    )
+
+
+def second(v, f, g, a, x, weight, z, mean, r):
+    """Return the gradients of (output's gradient, x, w) for the cotangents V, f, g of (∂x, ∂w, ∂b)."""
+    pixels = x.shape[2] * x.shape[3]
+    a0, v0 = a.mean((2, 3)), v.mean((2, 3))
+    a1 = r * (_dot(a, x) - mean * a0)
+    v1 = r * (_dot(v, x) - mean * v0)
+    q = _dot(v, a) - v0 * a0 - v1 * a1
+    rw = r * weight
+
+    # ∂A as V · rw + x · along_x + rest, then back through ReLU and pooling.
+    along_u = f - rw * v1
+    along_x = along_u * r
+    rest = g - rw * v0 - along_x * mean
+    planes = (v * _planes(rw)).add_(_planes(rest)).addcmul_(x, _planes(along_x))
+    gradient = pool(torch.ops.aten.threshold_backward(planes, z, 0))
+
+    weight_gradient = (pixels * r * q).sum(0)
+
+    # ∂x as V · for_v + A · for_a + x · for_x + constant.
+    for_v, for_a = -r * rw * a1, r * along_u
+    mean_d = -rw * (v0 * a1 + v1 * a0) + f * a0
+    mean_du = -2 * rw * v1 * a1 + f * a1
+    for_x = -r * r * (mean_du + rw * q)
+    constant = -r * mean_d - for_x * mean
+    planes = (v * _planes(for_v)).add_(_planes(constant)).addcmul_(a, _planes(for_a)).addcmul_(x, _planes(for_x))
+    return gradient, planes, weight_gradient
+
+
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
-        count, channels, height, width = x.shape
         x = x.contiguous()
-        z, mean, rstd = torch.ops.aten.native_group_norm(
-            x, weight, bias, count, channels, height * width, channels, EPSILON
-        )
-        z = F.relu_(z)
+        z, mean, rstd = forward(x, weight, bias)
         ctx.save_for_backward(x, weight, z, mean, rstd)
-        return _pool(z)
+        return pool(z)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -109,42 +152,11 @@ class _Block(torch.autograd.Function):
 class _BlockBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gradient, x, weight, z, mean, rstd):
-        count, channels, height, width = x.shape
-        a = _unpool_masked(gradient, z)
-        gx, gw, gb = torch.ops.aten.native_group_norm_backward(
-            a, x, mean, rstd, weight, count, channels, height * width, channels, [True, True, True]
-        )
+        a, *gradients = backward(gradient, x, weight, z, mean, rstd)
         ctx.save_for_backward(a, x, weight, z, mean, rstd)
-        return gx, gw, gb
+        return tuple(gradients)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, v, f, g):
-        a, x, weight, z, mean, r = ctx.saved_tensors
-        pixels = x.shape[2] * x.shape[3]
-        v = v.contiguous()
-        a0, v0 = a.mean((2, 3)), v.mean((2, 3))
-        a1 = r * (_dot(a, x) - mean * a0)
-        v1 = r * (_dot(v, x) - mean * v0)
-        q = _dot(v, a) - v0 * a0 - v1 * a1
-        rw = r * weight
-
-        # ∂A as V · rw + x · along_x + rest, then back through ReLU and pooling.
-        along_u = f - rw * v1
-        along_x = along_u * r
-        rest = g - rw * v0 - along_x * mean
-        planes = torch.addcmul(_planes(rest), v, _planes(rw))
-        planes.addcmul_(x, _planes(along_x))
-        gradient = _pool(torch.ops.aten.threshold_backward(planes, z, 0))
-
-        weight_gradient = (pixels * r * q).sum(0)
-
-        # ∂x as V · for_v + A · for_a + x · for_x + constant.
-        for_v, for_a = -r * rw * a1, r * along_u
-        mean_d = -rw * (v0 * a1 + v1 * a0) + f * a0
-        mean_du = -2 * rw * v1 * a1 + f * a1
-        for_x = -r * r * (mean_du + rw * q)
-        constant = -r * mean_d - for_x * mean
-        planes = torch.addcmul(_planes(constant), v, _planes(for_v))
-        planes.addcmul_(a, _planes(for_a)).addcmul_(x, _planes(for_x))
-        return gradient, planes, weight_gradient, None, None, None
+        return *second(v.contiguous(), f, g, *ctx.saved_tensors), None, None, None

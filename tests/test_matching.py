@@ -10,7 +10,7 @@ from benchmarks.baseline import match_unrolled, unfused
 from tests.recipe import fill_parameters, wave_images
 from utils.augment import DSA
 from utils.errors import UserError
-from utils.matching import Step, choose_kept_steps, match, plan_batches, refuse_if_broken
+from utils.matching import Step, choose_kept_steps, graph_bytes, match, plan_batches, refuse_if_broken
 from utils.reparam import FlatNetwork, flatten
 
 FACT = json.loads((Path(__file__).parent / "facts" / "matching.json").read_text())
@@ -113,10 +113,14 @@ def test_minibatches_run_through_permutations_of_the_union():
     assert not np.array_equal(np.concatenate(batches[:3]), np.concatenate(batches[3:6]))
 
 
-def test_budget_is_between_none_and_all():
+def test_budget_is_between_none_and_all(monkeypatch):
     student, start, _, _, images, labels, steps, _ = case()
     cpu = torch.device("cpu")
     assert choose_kept_steps("auto", student, start, images, labels, steps, None, cpu) == len(steps)
+    monkeypatch.setattr(
+        "utils.matching.free_memory", lambda _: 8 * graph_bytes(student, start, images, labels, steps[0])
+    )
+    assert choose_kept_steps("auto", student, start, images, labels, steps, None, cpu) == 3
     assert choose_kept_steps("3", student, start, images, labels, steps, None, cpu) == 3
     assert choose_kept_steps("0", student, start, images, labels, steps, None, cpu) == 0
 

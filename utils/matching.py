@@ -16,7 +16,9 @@ import dataclasses
 import torch
 from torch.nn import functional as F
 
+from networks import explicit
 from utils.errors import UserError
+from utils.reparam import flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +105,8 @@ def match(student, start, target, syn_lr, images, labels, steps, first_learned=0
         for part in graphs:
             lr_gradient -= part.gradient.detach() @ adjoint
             # The first step's λ is of no use to anybody.
-            *product, input_gradient = torch.autograd.grad(
-                part.gradient, [part.theta, part.inputs] if number else [part.inputs], adjoint
-            )
-            products += product
+            product, input_gradient = part.product(adjoint, of_theta=number > 0)
+            products.append(product)
             input_gradients.append(input_gradient)
         pulled = _pull_back(images, step, torch.cat(input_gradients))
         images_gradient.index_add_(0, step.index, -syn_lr * pulled)
@@ -116,27 +116,49 @@ def match(student, start, target, syn_lr, images, labels, steps, first_learned=0
     return loss, images_gradient[first_learned:], lr_gradient
 
 
-@dataclasses.dataclass
 class _Graph:
-    """One slice of one step: leaves θ and input, and the gradient g as a function of them."""
+    """One slice of one step by autograd: the gradient g as a function of θ and the inputs."""
 
-    theta: torch.Tensor
-    inputs: torch.Tensor
-    gradient: torch.Tensor
+    saved = ()  # by autograd, out of sight
+
+    def __init__(self, student, theta, inputs, targets, total, keep):
+        self.inputs, self.theta = inputs.detach().requires_grad_(keep), theta.detach().requires_grad_()
+        loss = F.cross_entropy(student(self.theta, self.inputs), targets, reduction="sum") / total
+        (self.gradient,) = torch.autograd.grad(loss, self.theta, create_graph=keep)
+
+    def product(self, vector, of_theta):
+        """Return (∂g/∂θ)ᵀ `vector`, None where it is not wanted, and (∂g/∂x)ᵀ `vector`."""
+        wanted = [self.theta, self.inputs] if of_theta else [self.inputs]
+        *product, inputs = torch.autograd.grad(self.gradient, wanted, vector)
+        return product[0] if product else None, inputs
+
+
+class _Explicit:
+    """One slice of one step by the derivatives that networks/explicit.py writes out."""
+
+    def __init__(self, student, theta, inputs, targets, total, keep):
+        self.student, self.theta, self.total = student, theta, total
+        gradients, saved = explicit.gradient(student.parts(theta), inputs, targets, total)
+        self.gradient = flatten(gradients)
+        self.saved = saved if keep else ()
+
+    def product(self, vector, of_theta):
+        """Return (∂g/∂θ)ᵀ `vector`, None where it is not wanted, and (∂g/∂x)ᵀ `vector`."""
+        parts = self.student.parts
+        products, inputs = explicit.product(parts(self.theta), self.saved, parts(vector), self.total, of_theta)
+        return flatten(products) if of_theta else None, inputs
 
 
 def _gradient_graphs(student, theta, images, labels, step, slice_size, keep):
-    """Yield the slices of g(θ, x) of one step, with their graphs where `keep`."""
+    """Yield the slices of g(θ, x) of one step, with what their products need where `keep`."""
     with torch.no_grad():
         inputs = step.augment(images[step.index])
     targets = step.labels(labels, len(inputs))
     size = slice_size or len(inputs)
+    kind = _Explicit if explicit.applies(student.network, inputs) else _Graph
     for begin in range(0, len(inputs), size):
-        part = inputs[begin : begin + size].detach().requires_grad_(keep)
-        leaf = theta.detach().requires_grad_()
-        loss = F.cross_entropy(student(leaf, part), targets[begin : begin + size], reduction="sum") / len(inputs)
-        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=keep)
-        yield _Graph(leaf, part, gradient)
+        part = slice(begin, begin + size)
+        yield kind(student, theta, inputs[part], targets[part], len(inputs), keep)
 
 
 def _pull_back(images, step, gradient):
@@ -167,12 +189,16 @@ def choose_kept_steps(wanted, student, start, images, labels, steps, slice_size,
 
 
 def graph_bytes(student, theta, images, labels, step, slice_size=None):
-    """Return the bytes of the graph of one student step; arguments as for `match`, also on the device meta."""
+    """Return the bytes that one student step keeps; arguments as for `match`, also on the device meta."""
     return saved_bytes(lambda: list(_gradient_graphs(student, theta, images, labels, step, slice_size, keep=True)))
 
 
 def saved_bytes(make):
-    """Return the bytes of all tensors that the graph of what `make()` returns saves for the way back."""
+    """Return the bytes of all tensors that what `make()` returns keeps for the way back.
+
+    Args:
+        make: returns tensors with a graph, or a list of slices of a step.
+    """
     stores = {}
 
     def pack(tensor):
@@ -182,6 +208,9 @@ def saved_bytes(make):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         graph = make()
+    for part in graph if isinstance(graph, list) else ():
+        for tensor in part.saved:
+            pack(tensor)
     size = sum(storage.nbytes() for storage in stores.values())
     del graph
     return size

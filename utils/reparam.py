@@ -24,10 +24,13 @@ class FlatNetwork:
         self.sizes = [parameter.numel() for parameter in network.parameters()]
         self.numel = sum(self.sizes)
 
+    def parts(self, flat):
+        """Return a flat vector (numel,) as the list of its parts in the parameters' shapes."""
+        return [part.view(shape) for part, shape in zip(flat.split(self.sizes), self.shapes, strict=True)]
+
     def __call__(self, flat, x):
         """Return the logits (B, num_classes) of pictures x (B, C, H, W) under parameters `flat` (numel,)."""
-        parts = flat.split(self.sizes)
-        values = {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+        values = dict(zip(self.names, self.parts(flat), strict=True))
         # Running statistics of batch normalisation change in copies: a student leaves the network as it is.
         values |= {name: buffer.clone() for name, buffer in self.network.named_buffers()}
         return functional_call(self.network, values, (x,))

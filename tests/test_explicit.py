@@ -1,0 +1,61 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+import networks
+from networks import explicit
+from networks.convnet import ConvNet
+
+
+def relative(found, expected):
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+# Depth, width, pixels and colours: convolutions as they are, as columns, and a mixture of both.
+@pytest.mark.parametrize("depth,width,size,channel", [(1, 3, 4, 1), (2, 4, 8, 1), (3, 8, 32, 3), (3, 6, 16, 4)])
+def test_gradient_and_products_equal_autograd(depth, width, size, channel):
+    torch.manual_seed(0)
+    network = ConvNet(channel, 5, size, width=width, depth=depth).double()
+    with torch.no_grad():
+        for parameter in network.parameters():  # norms do not start at one and zero
+            parameter += 0.3 * torch.randn_like(parameter)
+    x = torch.randn(7, channel, size, size, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(5, (7,))
+    assert explicit.applies(network, x)
+    parameters = list(network.parameters())
+    vectors = [torch.randn_like(p) for p in parameters]
+
+    network.fuses = False
+    loss = F.cross_entropy(network(x), labels, reduction="sum") / 9
+    expected = torch.autograd.grad(loss, parameters, create_graph=True)
+    inner = sum((g * v).sum() for g, v in zip(expected, vectors, strict=True))
+    *expected_products, expected_pictures = torch.autograd.grad(inner, [*parameters, x])
+
+    with torch.no_grad():
+        plain = [p.detach() for p in parameters]
+        gradients, saved = explicit.gradient(plain, x.detach(), labels, 9)
+        assert relative(gradients, [g.detach() for g in expected]) < 1e-11
+        for _ in range(2):  # what is saved stays as it was
+            products, pictures = explicit.product(plain, saved, vectors, 9)
+            assert relative([*products, pictures], [*expected_products, expected_pictures]) < 1e-10
+        nothing, pictures = explicit.product(plain, saved, vectors, 9, of_parameters=False)
+        assert nothing is None and relative([pictures], [expected_pictures]) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "name,channel,size,wanted",
+    [
+        ("ConvNet", 3, 32, True),
+        ("ConvNetD4", 3, 64, True),
+        ("ConvNet", 1, 28, False),  # its first convolution pads more
+        ("ConvNetD3", 3, 36, False),  # odd planes
+        ("ConvNetGAP", 3, 32, False),
+        ("ConvNetBN", 3, 32, False),
+        ("ConvNetMP", 3, 32, False),
+        ("MLP", 3, 32, False),
+    ],
+)
+def test_other_networks_are_left_to_autograd(name, channel, size, wanted):
+    network = networks.get_network(name, channel, 10, size)
+    assert explicit.applies(network, torch.zeros(1, channel, size, size)) == wanted
+    assert not explicit.applies(network, torch.zeros(1, channel, size, size, device="meta"))
