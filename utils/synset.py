@@ -109,9 +109,7 @@ def load_set(folder, tag="best", device="cpu"):
         UserError: a file is missing, damaged, of a wrong shape or type, or holds NaN.
     """
     folder = Path(folder)
-    images = _tensor(folder / f"images_{tag}.pt", "pictures (N, C, H, W)", 4)
-    labels = _tensor(folder / f"labels_{tag}.pt", "labels (N,)", 1)
-    syn_lr = _tensor(folder / f"syn_lr_{tag}.pt", "one number", 0)
+    images, labels, syn_lr = (read_part(folder / f"{part}_{tag}.pt", part) for part in ("images", "labels", "syn_lr"))
     if labels.dtype.is_floating_point or len(labels) != len(images) or not len(labels) or labels.min() < 0:
         raise UserError(
             f"{folder / f'labels_{tag}.pt'}: expected {len(images)} integer labels >= 0, found {len(labels)} of "
@@ -124,7 +122,16 @@ def load_set(folder, tag="best", device="cpu"):
     return SyntheticSet(images.float().to(device), labels.long().to(device), syn_lr.float().to(device), len(labels))
 
 
-def _tensor(path, what, dimensions):
+PARTS = {"images": ("pictures (N, C, H, W)", 4), "labels": ("labels (N,)", 1), "syn_lr": ("one number", 0)}
+
+
+def read_part(path, part):
+    """Read one file of a union: its images, labels or syn_lr.
+
+    Raises:
+        UserError: it is missing, damaged, of a wrong number of axes, or holds NaN.
+    """
+    what, dimensions = PARTS[part]
     value = files.load(path, what)
     if isinstance(value, (int, float)) and dimensions == 0:
         value = torch.tensor(value)
@@ -173,6 +180,22 @@ def save_union(folder, stage, union):
     files.save(union_path(folder, stage), [images, labels])
 
 
+def read_union(path):
+    """Read one file of PDD+IDC; returns (images (N, C, H, W) float32, labels (N,) int64).
+
+    Raises:
+        UserError: it is missing, damaged, holds something else, or NaN.
+    """
+    value = files.load(path, "a union [images, labels]")
+    good = isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, torch.Tensor) for v in value)
+    if not good or value[0].dim() != 4 or value[1].dim() != 1 or len(value[0]) != len(value[1]):
+        raise UserError(f"{path}: expected [images (N, C, H, W), labels (N,)], found something else; make it anew")
+    images, labels = value[0].detach().float(), value[1].detach().long()
+    if not bool(images.isfinite().all()):
+        raise UserError(f"{path}: expected finite pixels, found NaN or infinity; make it anew")
+    return images, labels
+
+
 def load_union(folder, stage, real, ipc=None):
     """Read the union of `stage` (from 0).
 
@@ -189,19 +212,13 @@ def load_union(folder, stage, real, ipc=None):
         UserError: the file is missing, damaged, or of another data set, size, class count or ipc.
     """
     path = union_path(folder, stage)
-    value = files.load(path, "a union [images, labels]")
-    good = isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, torch.Tensor) for v in value)
-    if not good or value[0].dim() != 4 or value[1].dim() != 1 or len(value[0]) != len(value[1]):
-        raise UserError(f"{path}: expected [images (N, C, H, W), labels (N,)], found something else; make it anew")
-    images, labels = value[0].detach().float(), value[1].detach().long()
+    images, labels = read_union(path)
     expected = (real.channel, real.im_size, real.im_size)
     if tuple(images.shape[1:]) != expected:
         raise UserError(
             f"{path}: expected pictures {'x'.join(map(str, expected))} for {real.name}, found "
             f"{'x'.join(map(str, images.shape[1:]))}; name the right --dataset and --size"
         )
-    if not bool(images.isfinite().all()):
-        raise UserError(f"{path}: expected finite pixels, found NaN or infinity; make it anew")
     per_class = len(images) // real.num_classes
     wanted = torch.arange(real.num_classes).repeat_interleave(per_class)
     if per_class == 0 or not torch.equal(labels, wanted):
@@ -334,8 +351,8 @@ def _whitened_pixels(folder, union):
     """Return the pixels of a whitened union from the numbered file that was written with its inverse; else None."""
     for path in sorted(folder.glob("images_zca_*.pt")):
         twin = folder / path.name.replace("images_zca_", "images_")
-        if twin.exists() and torch.equal(_tensor(twin, "pictures (N, C, H, W)", 4).float(), union.images):
-            pixels = _tensor(path, "pictures (N, C, H, W)", 4).float()
+        if twin.exists() and torch.equal(read_part(twin, "images").float(), union.images):
+            pixels = read_part(path, "images").float()
             if pixels.shape != union.images.shape:
                 raise UserError(f"{path}: expected {tuple(union.images.shape)}, found {tuple(pixels.shape)}")
             return pixels
