@@ -8,7 +8,7 @@ trajectories. The same command again continues where it was, or says that all is
 """
 
 import utils.options as o
-from utils import datasets, errors, files, report, training
+from utils import errors, files, report, training
 from utils.augment import DSA
 from utils.runtime import choose_device, stream
 from utils.trajectories import Recorder, buffer_files, buffer_folder, load_buffer
@@ -41,13 +41,15 @@ def parse():
 def main():
     options = parse()
     device = choose_device(options.device)
-    folder = buffer_folder(options.buffer_path, options.dataset, options.model, options.zca)
-    real = datasets.load(options.dataset, options.data_path, device, options.zca)
+    folder = buffer_folder(options.buffer_path, o.place(options), options.model, options.zca)
+    real = o.load_data(options, device)
     o.check_network(options.model, real)
     parameters = sum(p.numel() for p in training.new_network(options.model, real, options.seed).parameters())
     size = parameters * 4 * (options.train_epochs + 1) * options.num_experts
     if options.dry_run:
-        report.dry_run(options, {"data": options.data_path}, folder, steps_of(options, len(real.train)), size)
+        report.dry_run(
+            options, {"data": options.data_path}, folder, f"{steps_of(options, len(real.train))} optimiser steps", size
+        )
         return
 
     with files.locked(folder):

@@ -15,7 +15,7 @@ import torch
 
 import networks
 import utils.options as o
-from utils import augment, datasets, errors, files, matching, progressive, report, results, synset, training
+from utils import augment, errors, files, matching, progressive, report, results, synset, training
 from utils.reparam import FlatNetwork, set_flat
 from utils.runtime import choose_device, stream
 from utils.trajectories import Experts, find_buffers
@@ -81,7 +81,7 @@ def main():
     options = parse()
     device = choose_device(options.device)
     experiment = experiment_folder(options)
-    real = datasets.load(options.dataset, options.data_path, device, options.zca)
+    real = o.load_data(options, device)
     for name in {options.model, *networks.eval_pool(options.eval_mode, options.model)}:
         o.check_network(name, real)
     run = Run(options, real, experiment)
@@ -107,7 +107,7 @@ def main():
 def experiment_folder(options):
     if options.override_experiment_path:
         return Path(options.override_experiment_path)
-    root = Path(options.save_dir) if options.save_dir else Path(options.root_log_dir) / options.dataset
+    root = Path(options.save_dir) if options.save_dir else Path(options.root_log_dir) / o.place(options)
     return root / progressive.experiment_name(options)
 
 
@@ -130,7 +130,7 @@ class Run:
         """Return the folder of the experts of `stage`: the recorded ones, then those of the transition before."""
         options = self.options
         if stage == 1:
-            return find_buffers(options.buffer_path, options.dataset, options.model, options.zca)
+            return find_buffers(options.buffer_path, o.place(options), options.model, options.zca)
         return self.folder(stage - 1)
 
     def experts(self, stage):

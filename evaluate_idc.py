@@ -8,23 +8,17 @@ Takes the options of the distillation, whose folder it finds by them, or --overr
 
 from pathlib import Path
 
+import networks
 import utils.options as o
-from utils import errors, files, formation, idc, idc_options, progressive, report
+from utils import errors, files, formation, idc, idc_options, progressive, report, training
 from utils.evaluation import Contender, Evaluation, evaluate_and_report
 from utils.runtime import choose_device, versions
 
 SLOW_FROM = 5  # from this stage on (counted from 0) the learning rate is halved
 
-# Evaluation networks: name: (net_type, depth, norm).
-NETWORKS = {
-    "convnet": ("convnet", 3, "instance"),
-    "resnet10": ("resnet", 10, "batch"),
-    "resnet18": ("resnet", 18, "batch"),
-    "resnet_ap10": ("resnet_ap", 10, "instance"),
-    "densenet": ("densenet", None, None),
-    "efficientnet": ("efficientnet", None, None),
-}
-DEFAULT_NETWORKS = {"imagenet": "self,resnet18,efficientnet", "tiny-imagenet": "self,resnet18", "digits": "self"}
+# Networks to evaluate with where none are named, by data set.
+POOL = ["self", "resnet10", "resnet18", "densenet"]
+POOLS = {"imagenet": ["self", "resnet18", "efficientnet"], "tiny-imagenet": ["self", "resnet18"], "digits": ["self"]}
 
 
 def parse():
@@ -39,11 +33,8 @@ def parse():
         default=False,
         help="scale the epochs so that all stages see as many pictures as training on the last union alone",
     )
-    evaluation.add_argument(
-        "--eval_models",
-        help=f"networks, joined by commas: self (the distillation's own), "
-        f"{', '.join(NETWORKS)} (default: self,resnet10,resnet18,densenet; by data set)",
-    )
+    o.add_eval_mode(evaluation, None)
+    o.add_eval_models(evaluation)
     evaluation.add_argument("--skip_random", action="store_true", help="no row for random real pictures")
     evaluation.add_argument("--skip_full", action="store_true", help="no row for the full training set")
     evaluation.add_argument("--full_epochs", type=o.COUNT, default=50, help="epochs on the full training set")
@@ -59,12 +50,9 @@ def parse():
         parser.error("--new_only together with --last_only: choose one")
     if not own_epochs:
         options.epochs = 1000 if options.last_only or options.new_only else 500
-    options.eval_models = options.eval_models or DEFAULT_NETWORKS.get(
-        options.dataset, "self,resnet10,resnet18,densenet"
-    )
-    unknown = [name for name in options.eval_models.split(",") if name not in ("self", *NETWORKS)]
-    if unknown:
-        parser.error(f"--eval_models: unknown network {unknown[0]!r}; known: self, {', '.join(NETWORKS)}")
+    if not options.eval_models:
+        pool = networks.eval_pool(options.eval_mode, "self") if options.eval_mode else POOLS.get(options.dataset, POOL)
+        options.eval_models = pool
     return options
 
 
@@ -77,7 +65,7 @@ def main():
     )
     real = idc.load_data(options, device)
     unions = [idc.load_union(folder, stage, real) for stage in stages]
-    contenders = [contender(options, real, unions, name) for name in options.eval_models.split(",")]
+    contenders = [contender(options, real, unions, name) for name in options.eval_models]
     if options.dry_run:
         inputs = {"data": idc_options.data_folder(options)} | {f"stage {s}": idc.union_path(folder, s) for s in stages}
         report.dry_run(
@@ -85,7 +73,7 @@ def main():
             inputs,
             folder / "report.json",
             f"{len(unions)} stages of {options.epochs} epochs for "
-            f"{options.repeat} networks of each of {options.eval_models}",
+            f"{options.repeat} networks of each of {', '.join(options.eval_models)}",
             1e6,
         )
         return
@@ -127,16 +115,20 @@ def source(options, real, union, device):
 
 def contender(options, real, unions, name):
     """Return the `Contender` of one evaluation network."""
-    other = {} if name == "self" else dict(zip(("net_type", "depth", "norm"), NETWORKS[name], strict=True))
     title = idc_options.model_tag(options) if name == "self" else name
-    try:
-        idc.build_network(options, real, **other)
-    except ValueError as error:
-        raise errors.UserError(f"--eval_models {name} on {real.name}: {error}") from None
+    if name == "self":
+        idc.check_network(options, real)
+    else:
+        o.check_network(name, real)
     epochs = options.epochs
     if options.same_compute:
         sizes = [union.shape[2] for union in unions]
         epochs = max(1, round(epochs * sizes[-1] / sum(sizes)))
+
+    def network(k):
+        if name == "self":
+            return idc.new_network(options, real, "evaluated", title, k)
+        return training.new_network(name, real, options.seed, "evaluated", title, k)
 
     def recipe(stage):
         return progressive.idc_recipe(options, epochs, lr_factor=0.5 if stage >= SLOW_FROM else 1.0)
@@ -148,7 +140,7 @@ def contender(options, real, unions, name):
     return Contender(
         name=title,
         count=options.repeat,
-        network=lambda k: idc.new_network(options, real, "evaluated", title, k, **other),
+        network=network,
         recipe=recipe,
         random_recipe=recipe,
         full_recipe=progressive.idc_recipe(options, options.full_epochs),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import networks
 import utils.options as o
-from utils import augment, datasets, errors, files, progressive, report, synset, training
+from utils import augment, errors, files, progressive, report, synset, training
 from utils.errors import UserError
 from utils.evaluation import Contender, Evaluation, evaluate_and_report
 from utils.reparam import FlatNetwork, set_flat
@@ -37,6 +37,7 @@ def parse():
     experiment.add_argument("--override_load_path", help="name of the experiment's folder; wins over all options")
     experiment.add_argument("--override_interval_names", help="names of the stages' folders, joined by dots")
     evaluation = parser.add_argument_group("evaluation")
+    o.add_eval_models(evaluation)
     evaluation.add_argument(
         "--num_experts", type=o.COUNT, default=100, help="networks of the distillation's architecture"
     )
@@ -61,8 +62,10 @@ def main():
     experiment = experiment_folder(options)
     names = options.override_interval_names.split(".") if options.override_interval_names else None
     folders = progressive.find_stages(experiment, options.num_intervals, names)
-    real = datasets.load(options.dataset, options.data_path, device, options.zca)
+    real = o.load_data(options, device)
     pool = networks.eval_pool(options.eval_mode, options.model)
+    if options.eval_models:
+        pool = list(dict.fromkeys(options.model if name == "self" else name for name in options.eval_models))
     for model in pool:
         o.check_network(model, real)
     unions = [synset.load_set(folder, device=device) for folder in folders]
@@ -104,7 +107,7 @@ def main():
 
 def experiment_folder(options):
     name = options.override_load_path or progressive.experiment_name(options)
-    return Path(options.save_path) / options.dataset / name
+    return Path(options.save_path) / o.place(options) / name
 
 
 class Contenders:
@@ -119,7 +122,7 @@ class Contenders:
         """Return the experts whose first parameters the networks start from, None where there are no buffers."""
         options = self.options
         try:
-            folder = find_buffers(options.buffer_path, options.dataset, options.model, options.zca)
+            folder = find_buffers(options.buffer_path, o.place(options), options.model, options.zca)
         except UserError:
             report.say(f"no experts below {options.buffer_path}: networks start from random initialisations")
             return None

@@ -42,14 +42,24 @@ NAMES = (
     + ["ResNet18ImageNet", "ResNet6ImageNet"]
 )
 
+# Networks that IDC evaluates with: name: (net_type, depth, normalisation).
+IDC_NAMES = {
+    "convnet": ("convnet", 3, "instance"),
+    "resnet10": ("resnet", 10, "batch"),
+    "resnet18": ("resnet", 18, "batch"),
+    "resnet_ap10": ("resnet_ap", 10, "instance"),
+    "densenet": ("densenet", None, "batch"),
+    "efficientnet": ("efficientnet", None, "batch"),
+}
+
 
 def get_network(name, channel, num_classes, im_size):
-    """Return a freshly initialised network of the MTT family.
+    """Return a freshly initialised network.
 
     ConvNets have three blocks, two below 16 pixels (the bundled digits have 8), unless their name gives the depth.
 
     Args:
-        name: one of `NAMES`.
+        name: one of `NAMES` (the MTT family) or `IDC_NAMES`.
         channel: input channels.
         num_classes: outputs.
         im_size: input height and width in pixels, an int or a pair of equal ints.
@@ -75,7 +85,10 @@ def get_network(name, channel, num_classes, im_size):
     if match := re.fullmatch(r"ResNet(10|18|34|50|101|152)(BN)?(_AP)?", name):
         norm = "batch" if match[2] else "instance"
         return ResNet(**shape, depth=int(match[1]), norm=norm, average=bool(match[3]), keep_map=bool(match[3]))
-    raise ValueError(f"unknown network {name!r}; known: {', '.join(NAMES)}")
+    if name in IDC_NAMES:
+        net_type, depth, norm = IDC_NAMES[name]
+        return idc_network(net_type, channel, num_classes, im_size, depth, norm=norm)
+    raise ValueError(f"unknown network {name!r}; known: {', '.join([*NAMES, *IDC_NAMES])}")
 
 
 def idc_network(net_type, channel, num_classes, im_size, depth=3, width=1.0, norm="instance"):

@@ -34,7 +34,7 @@ def test_folders_are_named_as_published():
     assert str(buffer_folder("b", "CIFAR10", "ConvNet", False)) == "b/CIFAR10_NO_ZCA/ConvNet"
     assert str(buffer_folder("b", "CIFAR100", "ConvNet", True)) == "b/CIFAR100/ConvNet"
     assert str(buffer_folder("b", "Tiny", "ConvNetD4", False)) == "b/Tiny/ConvNetD4"
-    assert str(buffer_folder("b", "ImageNet", "ConvNetD5", False, "imagewoof", 128)) == (
+    assert str(buffer_folder("b", "ImageNet/imagewoof/128", "ConvNetD5", False)) == (
         "b/ImageNet/imagewoof/128/ConvNetD5"
     )
 

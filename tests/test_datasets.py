@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.conftest import make_tree
-from utils import datasets
+from utils import datasets, pictures
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def test_class_folders_are_decoded_once_and_cached(cifar_tree, monkeypatch):
 
     pixels = np.asarray(Image.open(cifar_tree / "train" / "automobile" / "0003.png")).transpose(2, 0, 1)
     assert np.array_equal(first.train.images[12 + 3].numpy(), pixels)
-    monkeypatch.setattr(datasets, "_decode", None)  # a second start must not decode
+    monkeypatch.setattr(pictures, "_decode", None)  # a second start must not decode
     second = datasets.load("CIFAR10", cifar_tree, CPU)
     assert torch.equal(first.train.images, second.train.images) and torch.equal(first.test.labels, second.test.labels)
 
@@ -49,7 +49,7 @@ def test_a_read_only_tree_works_without_a_cache(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(datasets, "_decode_into_cache", refuse)
+    monkeypatch.setattr(pictures, "_decode_into_cache", refuse)
     assert datasets.read("CIFAR10", tree).train_images.shape == (20, 3, 32, 32)
     assert "nothing cached" in capsys.readouterr().err
 
@@ -76,11 +76,11 @@ def write_cifar10(root, count=20):
 def test_cifar10_in_its_authors_format(tmp_path):
     folder = write_cifar10(tmp_path)
     for path in (tmp_path, folder):
-        pictures = datasets.read("CIFAR10", path)
-        assert pictures.train_images.shape == (100, 3, 32, 32) and pictures.class_names[3] == "name3"
+        found = datasets.read("CIFAR10", path)
+        assert found.train_images.shape == (100, 3, 32, 32) and found.class_names[3] == "name3"
     batch = pickle.loads((folder / "data_batch_2").read_bytes())
-    assert np.array_equal(pictures.train_images[20].reshape(-1), batch["data"][0])
-    assert pictures.train_labels[20:25].tolist() == [0, 1, 2, 3, 4]
+    assert np.array_equal(found.train_images[20].reshape(-1), batch["data"][0])
+    assert found.train_labels[20:25].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_cifar100_in_its_authors_format(tmp_path):
@@ -107,7 +107,7 @@ class Malice:
         (lambda f: (f / "test_batch").write_bytes(pickle.dumps({"labels": [1]})), "expected pictures 3x32x32"),
         (lambda f: (f / "test_batch").write_bytes(pickle.dumps(Malice())), "builtins.print"),
         (lambda f: (f / "test_batch").write_bytes(pickle.dumps({"data": np.zeros((2, 3072)), "labels": [0, 1]})),
-         "expected 10 classes in test, found 2"),
+         "expected 10 classes in test of CIFAR10, found 2"),
     ],
 )  # fmt: skip
 def test_damaged_cifar_files_are_named(tmp_path, damage, words, capsys):
@@ -162,9 +162,9 @@ def test_tiny_imagenet_as_downloaded_and_sorted(tmp_path, sorted_val):
     if not sorted_val:
         (tmp_path / "val" / "val_annotations.txt").write_text("".join(lines))
     (tmp_path / "test" / "images").mkdir(parents=True)  # without labels, as downloaded
-    pictures = datasets.read("Tiny", tmp_path)
-    assert pictures.train_images.shape == (200, 3, 64, 64)
-    for image, label in zip(pictures.test_images, pictures.test_labels, strict=True):
+    found = datasets.read("Tiny", tmp_path)
+    assert found.train_images.shape == (200, 3, 64, 64)
+    for image, label in zip(found.test_images, found.test_labels, strict=True):
         assert abs(int(image[0, 5, 5]) - label) <= 3
 
 

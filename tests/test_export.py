@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import evaluate_idc
 import networks
-from tests.conftest import call, files_of, run_script
+from tests.conftest import call, files_of, make_tree, run_script
 from utils import datasets, export, formats, idc, results
 from utils.augment import DSA
 from utils.runtime import stream
@@ -261,6 +261,42 @@ def test_published_names_of_idc(name, known, tmp_path):
     (tmp_path / name).mkdir(parents=True)
     found = results._idc_name(tmp_path / name)
     assert (found["dataset"], found["factor"], found["decode_type"]) == known
+
+
+def write_union(folder, classes, size, images=2):
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = torch.rand(classes * images, 3, size, size)
+    torch.save([pictures, torch.arange(classes).repeat_interleave(images)], folder / "interval_0_data.pt")
+    return pictures
+
+
+def test_published_pictures_of_imagenet(tmp_path):
+    folder = tmp_path / "imagenet10" / "resnet10apin_grad_l1_nd500_cut_factor3_bound_lr0.003_mix_ipc2"
+    pictures = write_union(folder, 10, 24)
+    data = load_distilled(folder)
+    assert data.num_classes == 10 and data.images.shape == (10 * 2 * 9, 3, 24, 24)
+    assert torch.equal(data.images, data.transform(data.pixels)) and data.pixels.max() <= pictures.max()
+    moved = folder.rename(tmp_path / folder.name)
+    with pytest.raises(Exception, match="says --dataset; name it"):
+        load_distilled(moved)
+    with pytest.raises(Exception, match="ImageNet may be of any classes, mean and std; name its folder"):
+        load_distilled(moved, dataset="imagenet")
+
+
+def test_sets_of_own_pictures_describe_themselves(tmp_path):
+    tree = make_tree(tmp_path / "mine", ["cup", "hat", "spoon"], 4, 2, size=16)
+    real = datasets.load("folder", tree, CPU, res=16)
+    pictures = write_union(tmp_path / "x", 3, 16)
+    options = {"dataset": "folder", "factor": 1, "decode_type": "single", "nclass": 10}
+    (tmp_path / "x" / "config.json").write_text(json.dumps({"options": options}))
+    with pytest.raises(Exception, match="name its folder with --data_path"):
+        load_distilled(tmp_path / "x")
+    assert load_distilled(tmp_path / "x", data_path=tree).class_names == ["cup", "hat", "spoon"]
+    results.save_facts(tmp_path / "x", real)
+    shutil.rmtree(tree)
+    data = load_distilled(tmp_path / "x")
+    assert data.class_names == ["cup", "hat", "spoon"] and torch.equal(data.pixels, pictures)
+    assert torch.equal(data.images, real.source(pictures, data.labels).batch(slice(None))[0])
 
 
 @pytest.fixture

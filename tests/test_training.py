@@ -1,10 +1,16 @@
+import contextlib
+import re
+
 import pytest
 import torch
 
+import networks
+from tests.formats import patterned
 from utils import datasets, training
 from utils.augment import DSA
 from utils.datasets import Source
 from utils.files import Checkpoint
+from utils.options import DSA_STRATEGY
 
 
 def setting(count=3, model="ConvNetW32"):
@@ -69,3 +75,43 @@ def test_a_stopped_group_continues(stacked, moment, tmp_path):
     training.train_together(members, source, recipe, 0, keys, checkpoint=Checkpoint(tmp_path / "c.pt"), stacked=stacked)
     for one, other in zip(expected, members, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+SIZES = {"ConvNetD6": 64, "ConvNetD7": 128, "ConvNetD8": 256, "ResNet18ImageNet": 128, "ResNet6ImageNet": 128}
+EVERY = [
+    pytest.param(name, marks=[pytest.mark.slow] if re.search("101|152|D8", name) else [])
+    for name in (*networks.NAMES, *networks.IDC_NAMES)
+]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_network_trains_an_epoch(name):
+    """On digits where they are large enough, else on pictures of 32 pixels, or more where the poolings need it."""
+    pictures, labels = patterned(12, 3, SIZES.get(name, 32))
+    source = Source(torch.from_numpy(pictures).float() / 255, torch.from_numpy(labels), ((0.5,) * 3, (0.25,) * 3))
+    network = None
+    if name not in SIZES:
+        with contextlib.suppress(ValueError):
+            network = networks.get_network(name, 1, 10, 8)
+            source = Source(*datasets.load("Digits", "", torch.device("cpu")).train.batch(slice(0, 12)))
+    network = network or networks.get_network(name, 3, 10, SIZES.get(name, 32))
+    before = [p.detach().clone() for p in network.parameters()]
+    training.train(network, source, training.Recipe(1, 0.001, batch_size=6, dsa=DSA(DSA_STRATEGY)), 0, ("epoch",))
+    after = list(network.parameters())
+    assert all(p.isfinite().all() for p in after)
+    assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) >= len(before) // 2
+    assert training.accuracy(network, source) >= 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channel,size", [(1, 28), (3, 64), (3, 128)])
+@pytest.mark.parametrize("name", [*networks.NAMES, *networks.IDC_NAMES])
+def test_every_network_runs_at_the_sizes_of_all_data_sets(name, channel, size):
+    try:
+        network = networks.get_network(name, channel, 10, size)
+    except ValueError as error:
+        assert re.search(r"at least \d+ pixels|needs 3 channels", str(error))
+        return
+    x = torch.randn(2, channel, size, size, requires_grad=True)
+    network(x).square().sum().backward()
+    assert x.grad.isfinite().all() and all(p.grad is not None for p in network.parameters())

@@ -1,29 +1,16 @@
-"""Real data: decoded once, cached beside the data, held as one tensor on the device.
+"""Real data: one tensor on the device, read from class folders or from the files of a data set's authors."""
 
-Every set can lie in class folders (`train/<class>/…` and `test/<class>/…` or `val/<class>/…`); CIFAR also in the
-format of its authors, as torchvision downloads it; Tiny ImageNet also as its authors ship it.
-"""
-
-import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
-import json
-import multiprocessing
-import os
-import pickle
-import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from utils import files, zca
-from utils.errors import UserError, one_line
+from utils import files, imagenet, originals, zca
+from utils.errors import UserError
+from utils.pictures import CACHE, Form, from_folders, note_no_cache
 
-CACHE = ".pdd_cache"
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm"}
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -44,18 +31,15 @@ KINDS = {
     "Tiny": Kind(200, 3, 64, IMAGENET),
     # Mean and standard deviation of the 1,437 training digits below.
     "Digits": Kind(10, 1, 8, ((0.3054,), (0.3760,))),
+    "SVHN": Kind(10, 3, 32, ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))),
+    "MNIST": Kind(10, 1, 28, ((0.1307,), (0.3081,))),
+    "FashionMNIST": Kind(10, 1, 28, ((0.2861,), (0.3530,))),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Pictures:
-    """A data set as it is on disk: uint8 pictures (N, C, H, W) and int64 labels (N,), NumPy arrays."""
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-    class_names: list
+SIZED = ("ImageNet", "folder")  # their pictures are brought to --res pixels
+STATISTICS = {name: kind.statistics for name, kind in KINDS.items()} | {"ImageNet": IMAGENET}
+NAMES = (*KINDS, *SIZED)
+RES = 128
+WHITENED = 3 * 64 * 64  # values of a picture that ZCA is offered for; its matrices grow with their square
 
 
 class Source:
@@ -101,7 +85,7 @@ class RealData:
         self.num_classes = len(pictures.class_names)
         self.class_names = pictures.class_names
         self.channel, self.im_size = pictures.train_images.shape[1:3]
-        self.statistics = statistics or KINDS[name].statistics
+        self.statistics = statistics or pictures.statistics or STATISTICS[name]
         self.whitening = whitening
         self.train = self._source(pictures.train_images, pictures.train_labels, device)
         self.test = self._source(pictures.test_images, pictures.test_labels, device)
@@ -144,20 +128,21 @@ class RealData:
         return rng.choice(indices, count, replace=False)
 
 
-def load(name, data_path, device, whiten=False, statistics=None):
+def load(name, data_path, device, whiten=False, statistics=None, subset=None, res=None):
     """Load data set `name` and put it on `device`.
 
     Args:
-        name: a key of `KINDS`.
+        name: one of `NAMES`.
         data_path: folder of the data.
         device: torch.device.
         whiten: ZCA whitening fitted on the training pictures instead of mean and standard deviation.
         statistics: (mean, std) instead of the data set's own.
+        subset, res: which part of ImageNet; pixels of ImageNet and of own folders (default: `RES`).
 
     Raises:
         UserError: the data are missing or damaged.
     """
-    pictures = read(name, data_path)
+    pictures = read(name, data_path, subset, res)
     if not whiten:
         return RealData(name, pictures, device, statistics=statistics)
     return RealData(name, pictures, device, _whitening(pictures.train_images, data_path, device))
@@ -165,6 +150,12 @@ def load(name, data_path, device, whiten=False, statistics=None):
 
 def _whitening(images, data_path, device):
     """Fit ZCA on uint8 `images`, or take the fit that was cached for the very same pictures."""
+    values = images[0].size
+    if values > WHITENED:
+        raise UserError(
+            f"--zca: expected pictures of at most {WHITENED} values (3x64x64), found {values}: its two matrices would "
+            f"take {8 * values**2 / 1e9:.0f} GB; leave --zca out or lower --res"
+        )
     key = hashlib.sha1(np.ascontiguousarray(images)).hexdigest()[:16]
     path = Path(data_path) / CACHE / f"zca-{key}.pt"
     if path.exists():
@@ -173,320 +164,57 @@ def _whitening(images, data_path, device):
     try:
         files.save(path, zca.state(whitening))
     except OSError as error:
-        _note_no_cache(path, error)
+        note_no_cache(path, error)
     return whitening
 
 
-def _note_no_cache(path, error):
-    print(f"note: nothing cached at {path} ({error.strerror}); the next start takes as long", file=sys.stderr)
-
-
-def read(name, data_path):
+def read(name, data_path, subset=None, res=None):
     """Return the `Pictures` of data set `name` below `data_path`.
 
     Raises:
-        UserError: the data are missing or damaged.
+        UserError: the data are missing or damaged, or `res` is given for pictures of a fixed size.
     """
-    if name == "Digits":
-        return _digits()
     root = Path(data_path)
+    if name in SIZED:
+        _need_train(name, root)
+        form = Form(3, res or RES, resize=True, measure=name == "folder")
+        classes = imagenet.subset_classes(subset) if name == "ImageNet" else None
+        return from_folders(place(name, root, subset, res).replace("/", "-"), root, form, classes=classes)
     kind = KINDS[name]
+    if res not in (None, kind.im_size):
+        raise UserError(f"--res {res}: expected none for {name}, whose pictures have {kind.im_size} pixels")
+    if name == "Digits":
+        return originals.digits()
     if (root / "train").is_dir():
-        return _from_folders(name, root, kind)
-    if name in ("CIFAR10", "CIFAR100"):
-        return _cifar(name, root)
-    raise UserError(
-        f"{root}: expected {name} with a folder train in it, found "
-        f"{'none' if root.is_dir() else 'no such folder'}; name the folder with --data_path"
-    )
-
-
-def _digits():
-    """Scikit-learn's 1,797 digits, 8x8, with a fixed stratified split: 1,437 to train, 360 to test."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    images = np.rint(images.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
-    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    return Pictures(images[train], labels[train], images[test], labels[test], [str(digit) for digit in range(10)])
-
-
-class _BatchUnpickler(pickle.Unpickler):
-    """Reads the pickled dictionaries of CIFAR's authors; any other object than NumPy's arrays is refused."""
-
-    ALLOWED = frozenset(
-        {
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy._core.numeric", "_frombuffer"),
-            ("_codecs", "encode"),
-        }
-    )
-
-    def find_class(self, module, name):
-        if (module, name) in self.ALLOWED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def _unpickle(path):
-    try:
-        with open(path, "rb") as file:
-            return _BatchUnpickler(file, encoding="latin1").load()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); download the data again") from None
-    except Exception as error:
-        raise UserError(
-            f"{path}: expected a CIFAR batch, found a damaged or foreign file "
-            f"({one_line(error)[:80]}); download the data again"
-        ) from None
-
-
-def _cifar(name, root):
-    """CIFAR in its authors' format, downloaded by torchvision where it is missing."""
-    folder, train, test, label_key, meta, names_key = {
-        "CIFAR10": (
-            "cifar-10-batches-py",
-            [f"data_batch_{n}" for n in range(1, 6)],
-            "test_batch",
-            "labels",
-            "batches.meta",
-            "label_names",
-        ),
-        "CIFAR100": ("cifar-100-python", ["train"], "test", "fine_labels", "meta", "fine_label_names"),
-    }[name]
-    if root.name == folder:
-        root = root.parent
-    if not (root / folder).is_dir():
-        _download_cifar(name, root)
-
-    def part(batches):
-        images, labels = [], []
-        for batch in batches:
-            found = _unpickle(root / folder / batch)
-            try:
-                data = np.asarray(found["data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
-                batch_labels = np.asarray(found[label_key], dtype=np.int64)
-                if len(data) != len(batch_labels) or not len(data):
-                    raise ValueError(f"{len(data)} pictures, {len(batch_labels)} labels")
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{root / folder / batch}: expected pictures 3x32x32 with {label_key}, found {one_line(error)}; "
-                    "download the data again"
-                ) from None
-            images.append(data)
-            labels.append(batch_labels)
-        return np.concatenate(images), np.concatenate(labels)
-
-    class_names = [str(n) for n in _unpickle(root / folder / meta)[names_key]]
-    pictures = Pictures(*part(train), *part([test]), class_names)
-    _check_labels(root / folder, pictures, KINDS[name])
-    return pictures
-
-
-def _check_labels(where, pictures, kind):
+        return from_folders(name, root, Form(kind.channel, kind.im_size), kind.num_classes)
+    if name not in originals.READERS:
+        _need_train(name, root)
+    pictures = originals.READERS[name](name, root)
     for part, labels in (("train", pictures.train_labels), ("test", pictures.test_labels)):
         present = np.unique(labels)
         if not np.array_equal(present, np.arange(kind.num_classes)):
             raise UserError(
-                f"{where}: expected {kind.num_classes} classes in {part}, found {len(present)} "
+                f"{root}: expected {kind.num_classes} classes in {part} of {name}, found {len(present)} "
                 f"(labels {present.min()} to {present.max()}); check the data"
             )
+    return pictures
 
 
-def _download_cifar(name, root):
-    import torchvision
-
-    missing = [folder for folder in (root, *root.parents) if not folder.exists()]
-    try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            getattr(torchvision.datasets, name)(str(root), download=True)
-    except Exception as error:
-        for folder in missing:  # those that torchvision made, deepest first
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+def _need_train(name, root):
+    if not (root / "train").is_dir():
         raise UserError(
-            f"{name} is not in {root} (neither train/<class>/ nor the original files), and downloading it failed "
-            f"({one_line(error)[:100]}); put the data there or name their folder with --data_path"
-        ) from None
+            f"{root}: expected {name} with a folder train in it, found "
+            f"{'none' if root.is_dir() else 'no such folder'}; name the folder with --data_path"
+        )
 
 
-def _from_folders(name, root, kind):
-    """Read class folders through the cache beside them."""
-    parts, class_names = list_folders(root)
-    if len(class_names) != kind.num_classes:
-        raise UserError(f"{root}: expected {kind.num_classes} class folders for {name}, found {len(class_names)}")
-    fingerprint = _fingerprint(root, parts)
-    cache = root / CACHE / name
-    arrays = _cached(cache, fingerprint)
-    if arrays is None:
-        try:
-            arrays = _decode_into_cache(cache, fingerprint, parts, kind)
-        except OSError as error:
-            _note_no_cache(cache, error)
-            arrays = [
-                array
-                for paths, labels in parts.values()
-                for array in (_decode(paths, kind.channel, kind.im_size, None), np.array(labels))
-            ]
-    return Pictures(*arrays, class_names)
+def place(name, data_path, subset=None, res=None):
+    """Return where results of a data set lie below the root of all results.
 
-
-def list_folders(root):
-    """List the pictures of class folders.
-
-    Args:
-        root: holds train and test (or val); Tiny ImageNet's own layout (train/<class>/images, val/images with
-            val/val_annotations.txt) counts too.
-
-    Returns:
-        ({"train": (paths, labels), "test": (paths, labels)}, class names): lists, classes in alphabetical order.
-
-    Raises:
-        UserError: a folder is missing or empty, or train and test have different classes.
+    Its name; `ImageNet/{subset}/{res}` (MTT); for own pictures `folder/{name of the folder}/{res}`.
     """
-    train = root / "train"
-    class_names = sorted(entry.name for entry in os.scandir(train) if entry.is_dir() and not entry.name.startswith("."))
-    if not class_names:
-        raise UserError(f"{train}: expected one folder for each class, found none")
-    number = {name: label for label, name in enumerate(class_names)}
-    test = root / "test"
-    if not test.is_dir() or not any((test / name).is_dir() for name in class_names):
-        # Tiny ImageNet's test pictures carry no labels; its validation set is what everybody reports.
-        test = root / "val"
-    if not test.is_dir():
-        raise UserError(f"{root}: expected a folder test or val beside train, found neither")
-    parts = {"train": _list_classes(train, class_names)}
-    annotations = test / "val_annotations.txt"
-    if annotations.is_file() and (test / "images").is_dir():
-        parts["test"] = _list_annotated(test, annotations, number)
-    else:
-        parts["test"] = _list_classes(test, class_names)
-    return parts, class_names
-
-
-def _list_classes(folder, class_names):
-    paths, labels = [], []
-    for label, name in enumerate(class_names):
-        where = folder / name
-        if (where / "images").is_dir():
-            where = where / "images"
-        found = _pictures_in(where)
-        if not found:
-            raise UserError(f"{where}: expected pictures of class {name!r}, found none")
-        paths += found
-        labels += [label] * len(found)
-    return paths, labels
-
-
-def _pictures_in(folder):
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder))
-    except OSError as error:
-        raise UserError(f"{folder}: expected a folder of pictures, but it cannot be read ({error.strerror})") from None
-    return [folder / name for name in names if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES]
-
-
-def _list_annotated(folder, annotations, number):
-    """Tiny ImageNet's validation set: one line `file TAB class TAB box` for each picture."""
-    paths, labels = [], []
-    for line_number, line in enumerate(annotations.read_text().splitlines(), 1):
-        fields = line.split("\t")
-        if len(fields) < 2 or fields[1] not in number:
-            raise UserError(f"{annotations}: line {line_number}: expected file, tab, class, found {line[:60]!r}")
-        paths.append(folder / "images" / fields[0])
-        labels.append(number[fields[1]])
-    if not paths:
-        raise UserError(f"{annotations}: expected one line for each picture, found none")
-    return paths, labels
-
-
-def _fingerprint(root, parts):
-    """A digest of names, sizes and times of all files: it changes when the data do."""
-    digest = hashlib.sha1()
-    for paths, labels in parts.values():
-        for path, label in zip(paths, labels, strict=True):
-            try:
-                stat = os.stat(path)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be read ({error.strerror}); check the data") from None
-            relative = os.path.relpath(path, root)
-            digest.update(f"{relative}\0{label}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
-
-
-def _cached(cache, fingerprint):
-    """Return the four arrays in `cache`, images memory-mapped, or None where they are not of these data."""
-    try:
-        if json.loads((cache / "about.json").read_text())["fingerprint"] != fingerprint:
-            return None
-        return [np.load(cache / f"{name}.npy", mmap_mode="c", allow_pickle=False) for name in ARRAYS]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _decode_into_cache(cache, fingerprint, parts, kind):
-    cache.parent.mkdir(exist_ok=True)
-    making = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir()
-    try:
-        for part, (paths, labels) in parts.items():
-            shape = (len(paths), kind.channel, kind.im_size, kind.im_size)
-            target = making / f"{part}_images.npy"
-            np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape).flush()
-            _decode(paths, kind.channel, kind.im_size, target)
-            np.save(making / f"{part}_labels.npy", np.array(labels, dtype=np.int64))
-        files.write_json(making / "about.json", {"fingerprint": fingerprint})
-        shutil.rmtree(cache, ignore_errors=True)
-        os.replace(making, cache)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
-    return _cached(cache, fingerprint)
-
-
-def _decode(paths, channel, im_size, target):
-    """Decode pictures on all cores, into the .npy file `target` or, where it is None, into a new array."""
-    chunks = [(start, paths[start : start + 1000]) for start in range(0, len(paths), 1000)]
-    images = None if target else np.empty((len(paths), channel, im_size, im_size), dtype=np.uint8)
-    workers = min(os.cpu_count() or 1, len(chunks))
-    if workers == 1:
-        results = (_decode_chunk(*chunk, channel, im_size, target) for chunk in chunks)
-    else:
-        pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
-        futures = [pool.submit(_decode_chunk, *chunk, channel, im_size, target) for chunk in chunks]
-        results = (future.result() for future in futures)
-    try:
-        for (start, chunk), decoded in zip(chunks, results, strict=True):
-            if images is not None:
-                images[start : start + len(chunk)] = decoded
-    finally:
-        if workers > 1:
-            pool.shutdown(cancel_futures=True)
-    return images
-
-
-def _decode_chunk(start, paths, channel, im_size, target):
-    from PIL import Image
-
-    images = np.empty((len(paths), channel, im_size, im_size), dtype=np.uint8)
-    for row, path in enumerate(paths):
-        try:
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("L" if channel == 1 else "RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path}: expected a picture, found a damaged file ({one_line(error)[:60]})") from None
-        if pixels.shape[:2] != (im_size, im_size):
-            height, width = pixels.shape[:2]
-            raise UserError(f"{path}: expected {im_size}x{im_size} pixels, found {width}x{height}")
-        images[row] = pixels[None] if channel == 1 else pixels.transpose(2, 0, 1)
-    if target is None:
-        return images
-    np.load(target, mmap_mode="r+")[start : start + len(paths)] = images
-    return None
+    if name == "ImageNet":
+        return f"{name}/{imagenet.subset_name(subset)}/{res or RES}"
+    if name == "folder":
+        return f"{name}/{Path(data_path).resolve().name}/{res or RES}"
+    return name

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from utils import progressive, report, training
+from utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +41,21 @@ class Evaluation:
         checkpoint: `files.Checkpoint`.
         random_networks: networks on random real pictures, 0 to leave the row out.
         full_networks: networks on the full training set, 0 to leave the row out.
+
+    Raises:
+        UserError: a class has fewer pictures than the row of random real ones needs.
     """
 
     def __init__(self, real, sources, ipc_totals, seed, checkpoint, random_networks, full_networks):
         self.real, self.sources, self.ipc_totals = real, sources, ipc_totals
         self.seed, self.checkpoint = seed, checkpoint
         self.random_networks, self.full_networks = random_networks, full_networks
+        fewest = min(len(indices) for indices in real.class_indices)
+        if random_networks and max(ipc_totals) > fewest:
+            raise UserError(
+                f"the row of random real pictures needs {max(ipc_totals)} of each class, {real.name} has {fewest}; "
+                "leave it out with --skip_random"
+            )
 
     def run(self, contenders, key):
         """Evaluate all `contenders`; `key` names the options that a continued run must share.

@@ -30,7 +30,9 @@ FREE = (
 def load_data(options, device):
     """Load the data set of an IDC run."""
     statistics = idc_options.STATISTICS.get(options.dataset)
-    return datasets.load(options.data, idc_options.data_folder(options), device, statistics=statistics)
+    size = options.size if options.dataset in idc_options.SIZED else None
+    folder, subset = idc_options.data_folder(options), idc_options.subset(options)
+    return datasets.load(options.data, folder, device, statistics=statistics, subset=subset, res=size)
 
 
 def save_folder(options):
@@ -38,17 +40,16 @@ def save_folder(options):
     return Path(options.override_save_dir) if options.override_save_dir else idc_options.result_folder(options)
 
 
-def build_network(options, real, net_type=None, depth=None, norm=None):
-    """Return a network for the pictures of `real`; the distillation's own unless another is named."""
-    own = net_type is None
+def build_network(options, real):
+    """Return the distillation's network for the pictures of `real`."""
     return networks.idc_network(
-        net_type or options.net_type,
+        options.net_type,
         real.channel,
         real.num_classes,
         real.im_size,
-        depth or options.depth,
-        options.width if own else 1.0,
-        norm or options.norm_type,
+        options.depth,
+        options.width,
+        options.norm_type,
     )
 
 
@@ -64,16 +65,16 @@ def check_network(options, real):
         raise UserError(f"--net_type {options.net_type} on {real.name}: {error}") from None
 
 
-def new_network(options, real, *keys, **other):
-    """Return a network initialised from the stream `keys`, on the device of `real`."""
+def new_network(options, real, *keys):
+    """Return the distillation's network initialised from the stream `keys`, on the device of `real`."""
     with seeded(options.seed, "network", *keys):
-        network = build_network(options, real, **other)
+        network = build_network(options, real)
     return network.to(real.train.images.device)
 
 
 def pretrained_path(options, number):
     """Return the file of pretrained network `number`."""
-    folder = Path("pretrained") / options.dataset / idc_options.model_tag(options)
+    folder = Path("pretrained") / idc_options.place(options) / idc_options.model_tag(options)
     return folder / f"network_{number}_epoch{options.pt_from}.pt"
 
 

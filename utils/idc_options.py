@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 import utils.options as o
+from utils import datasets
 from utils.augment import without
 from utils.gradient_matching import METRICS
 
@@ -21,7 +22,9 @@ DATASETS = {
     "tiny-imagenet": ("Tiny", 64, 32),
     "imagenet": ("ImageNet", 224, 224),
     "digits": ("Digits", 8, 8),
+    "folder": ("folder", 224, 224),
 }
+SIZED = ("imagenet", "folder")  # their pictures are brought to --size pixels
 CLASSES = {"cifar100": 100, "tiny-imagenet": 200}  # the others have 10, imagenet --nclass
 SMALL = ("mnist", "fashion", "svhn", "cifar10", "cifar100", "digits")
 # Channel statistics of IDC where they are not those of the data set elsewhere.
@@ -38,6 +41,7 @@ PRESETS = {
     "imagenet": {"net_type": "resnet_ap", "depth": 10},
     "tiny-imagenet": {},
     "digits": {},
+    "folder": {},
 }
 # The bundled digits are no data set of the paper: these settings are this project's, with or without --reproduce.
 DIGITS = {"depth": 2, "width": 0.25, "metric": "mse", "lr_img": 0.05, "n_data": 500, "inner_loop": 10, "niter": 2}
@@ -59,12 +63,12 @@ def add(parser, start_interval):
         return _Group(parser.add_argument_group(title), defaults)
 
     data = group("data")
-    data("-d", "--dataset", default="cifar10", choices=tuple(DATASETS), help="data set")
+    data("-d", "--dataset", default="cifar10", choices=tuple(DATASETS), help="data set; folder: own pictures")
     data("--data_dir", default="data", help="folder of the data set; downloaded there where possible")
     data("--imagenet_dir", default="data/imagenet", help="folder of ImageNet")
     data("--nclass", type=o.COUNT, default=10, help="classes of imagenet: 10 or 100 of the published list")
     data("--dseed", type=o.NATURAL, default=0, help="accepted for old commands; not used")
-    data("--size", type=o.COUNT, default=224, help="pixels of imagenet's pictures")
+    data("--size", type=o.COUNT, default=224, help="pixels of imagenet and of own pictures (folder)")
     data("-l", "--load_memory", type=o.truth, default=True, help="accepted for old commands; data stay in memory")
     data("-j", "--workers", type=o.NATURAL, default=8, help="accepted for old commands; there are no loaders")
     network = group("network")
@@ -196,10 +200,14 @@ def resolve(given, defaults, parser):
     if options.phase >= 0 or options.nclass_sub >= 0:
         parser.error("--phase and --nclass_sub: classes are not split over runs; leave them out")
     options.data, pixels, base = DATASETS[dataset]
+    if dataset not in SIZED:
+        options.size = pixels
     if dataset != "imagenet":
-        options.size, options.nclass = pixels, CLASSES.get(dataset, 10)
+        options.nclass = CLASSES.get(dataset, 10)
     elif options.nclass not in (10, 100):
         parser.error(f"--nclass: expected 10 or 100, found {options.nclass}")
+    if dataset == "folder" and options.size <= 64:
+        base = 32  # small pictures of one's own are treated like CIFAR's, large ones like ImageNet's
     many = options.nclass >= 100
 
     if options.reproduce:
@@ -303,8 +311,19 @@ def folder_name(options):
 
 def result_folder(options):
     """Return the folder that a distillation with these options writes."""
-    dataset = f"imagenet{options.nclass}" if options.dataset == "imagenet" else options.dataset
-    return Path(options.results) / dataset / (options.name or folder_name(options))
+    return Path(options.results) / place(options) / (options.name or folder_name(options))
+
+
+def place(options):
+    """Return where results of a data set lie below the root of all results."""
+    if options.dataset == "folder":
+        return datasets.place("folder", options.data_dir, res=options.size)
+    return subset(options) or options.dataset
+
+
+def subset(options):
+    """Return the name of the part of ImageNet, None for other data sets."""
+    return f"imagenet{options.nclass}" if options.dataset == "imagenet" else None
 
 
 def data_folder(options):

@@ -159,20 +159,32 @@ def choose_kept_steps(wanted, student, start, images, labels, steps, slice_size,
     """
     if wanted != "auto":
         return min(int(wanted), len(steps))
+    largest = max(steps, key=lambda step: len(step.index))
+    size = graph_bytes(student, start, images, labels, largest, slice_size)
+    # The way back through a graph needs about as much again while it runs.
+    fits = int(free_memory(device) / 2 / max(size, 1)) - 1
+    return max(0, min(fits, len(steps)))
+
+
+def graph_bytes(student, theta, images, labels, step, slice_size=None):
+    """Return the bytes of the graph of one student step; arguments as for `match`, also on the device meta."""
+    return saved_bytes(lambda: list(_gradient_graphs(student, theta, images, labels, step, slice_size, keep=True)))
+
+
+def saved_bytes(make):
+    """Return the bytes of all tensors that the graph of what `make()` returns saves for the way back."""
     stores = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        stores[storage.data_ptr()] = storage.nbytes()
+        stores[id(storage)] = storage  # kept: on the device meta they have no address to tell them by
         return tensor
 
-    largest = max(steps, key=lambda step: len(step.index))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        graphs = list(_gradient_graphs(student, start, images, labels, largest, slice_size, keep=True))
-    del graphs
-    # The way back through a graph needs about as much again while it runs.
-    fits = int(free_memory(device) / 2 / max(sum(stores.values()), 1)) - 1
-    return max(0, min(fits, len(steps)))
+        graph = make()
+    size = sum(storage.nbytes() for storage in stores.values())
+    del graph
+    return size
 
 
 def free_memory(device):

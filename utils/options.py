@@ -9,9 +9,9 @@ import math
 import sys
 
 import networks
+from utils import datasets
 from utils.errors import UserError
 
-DATASETS = ("Digits", "CIFAR10", "CIFAR100", "Tiny")
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
 # Options that may differ between a run and its continuation: they do not change the results.
 FREE = (
@@ -100,6 +100,15 @@ def network_name(text):
     return text
 
 
+def network_list(text):
+    """Parse names of networks of both families joined by commas; `self` is the distillation's own."""
+    known = ("self", *networks.NAMES, *networks.IDC_NAMES)
+    names = list(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"unknown network {unknown[0]!r}; known: {', '.join(known)}")
+    return names
+
+
 def strategy(text):
     """Parse a DSA strategy: names joined by underscores, or none."""
     known = DSA_STRATEGY.split("_")
@@ -111,11 +120,24 @@ def strategy(text):
 def add_data(parser):
     """Declare which pictures are used; returns the group."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="CIFAR10", choices=DATASETS, help="data set")
-    group.add_argument("--subset", default="imagenette", help="subset of ImageNet, where --dataset is ImageNet")
+    group.add_argument("--dataset", default="CIFAR10", choices=datasets.NAMES, help="data set; folder: own pictures")
+    group.add_argument("--subset", default="imagenette", help="of ImageNet: a name, or a file that lists class folders")
+    group.add_argument("--res", type=COUNT, help=f"pixels of ImageNet and own pictures (default: {datasets.RES})")
     group.add_argument("--data_path", default="data", help="folder of the data set; downloaded there where possible")
     group.add_argument("--zca", action="store_true", help="ZCA whitening instead of mean and standard deviation")
     return group
+
+
+def load_data(options, device):
+    """Load the data set that `add_data`'s options name."""
+    return datasets.load(
+        options.dataset, options.data_path, device, options.zca, subset=options.subset, res=options.res
+    )
+
+
+def place(options):
+    """Return where results of this data set lie below the root of all results."""
+    return datasets.place(options.dataset, options.data_path, options.subset, options.res)
 
 
 def add_augmentation(group):
@@ -153,7 +175,7 @@ def check_network(name, real):
     try:
         networks.get_network(name, real.channel, real.num_classes, real.im_size)
     except ValueError as error:
-        raise UserError(f"--model {name} on {real.name}: {error}") from None
+        raise UserError(f"network {name} on {real.name}: {error}") from None
 
 
 def kept_steps(text):
@@ -161,17 +183,32 @@ def kept_steps(text):
     return text if text == "auto" else NATURAL(text)
 
 
-def add_experiment(group):
-    """Declare the options of PDD+MTT that name the experiment's folder, for distillation and evaluation."""
-    group.add_argument("--model", type=network_name, default="ConvNet", help="network of the distillation")
-    group.add_argument("--ipc", type=COUNT, default=1, help="pictures of each class that every stage learns")
+def add_eval_mode(group, default):
+    """Declare the pools of networks to evaluate with."""
     group.add_argument(
         "--eval_mode",
-        default="S",
+        default=default,
         choices=tuple("SMWDAPNC"),
         help="networks to evaluate with: S the same, M many, W widths, D depths, A activations, P poolings, "
         "N normalisations, C the same and ConvNet",
     )
+
+
+def add_eval_models(group):
+    """Declare a list of networks to evaluate with."""
+    group.add_argument(
+        "--eval_models",
+        type=network_list,
+        help="networks to evaluate with, joined by commas, instead of a pool: self (the distillation's own), "
+        f"{', '.join(networks.IDC_NAMES)}, or a name that --model knows",
+    )
+
+
+def add_experiment(group):
+    """Declare the options of PDD+MTT that name the experiment's folder, for distillation and evaluation."""
+    group.add_argument("--model", type=network_name, default="ConvNet", help="network of the distillation")
+    group.add_argument("--ipc", type=COUNT, default=1, help="pictures of each class that every stage learns")
+    add_eval_mode(group, "S")
     group.add_argument("--expert_epochs", type=COUNT, default=3, help="expert epochs from start to target")
     group.add_argument("--syn_steps", type=COUNT, default=20, help="student steps in one iteration")
     group.add_argument("--max_start_epoch", type=COUNT, default=25, help="number of possible start epochs")

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils import files
+import utils.options as o
+from utils import errors, files
 
 
 class Progress:
@@ -150,7 +151,8 @@ def draw_accuracy(path, report):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.2))
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.2))
+    levels = {"random": (":", "random real pictures"), "full": ("--", "full training set")}
     for number, (name, result) in enumerate(report["models"].items()):
         stages = result["stages"]
         axes.errorbar(
@@ -160,12 +162,14 @@ def draw_accuracy(path, report):
             marker="o",
             capsize=3,
             color=f"C{number}",
-            label=f"{name}, distilled",
+            label=name,
         )
-        for kind, style, words in (("random", ":", "random real pictures"), ("full", "--", "full training set")):
+        for kind, (style, _) in levels.items():
             if result.get(kind):
-                level = result[kind]["accuracy_mean"]
-                axes.axhline(level, color=f"C{number}", linestyle=style, linewidth=1, label=f"{name}, {words}")
+                axes.axhline(result[kind]["accuracy_mean"], color=f"C{number}", linestyle=style, linewidth=1)
+    for kind, (style, words) in levels.items():
+        if any(result.get(kind) for result in report["models"].values()):
+            axes.plot([], [], color="grey", linestyle=style, linewidth=1, label=words)
     stages = next(iter(report["models"].values()))["stages"]
     axes.set_xticks([stage["stage"] for stage in stages])
     axes.set_xticklabels([f"{stage['stage']}\n({stage['ipc_total']})" for stage in stages])
@@ -173,7 +177,7 @@ def draw_accuracy(path, report):
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(f"{report['dataset']}: networks trained on the unions in order", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     figure.tight_layout()
     save_figure(path, figure)
 
@@ -255,3 +259,39 @@ class Log:
         self.metrics.close()
         if self.run:
             self.run.finish()
+
+
+def main():
+    """Print the reports of several results as one table, and draw them side by side."""
+    from utils import collect, figures  # which use the functions above
+
+    parser = o.Parser(
+        "Collect results: one table of their reports (Markdown), and with --out also report.md, report.csv and figures "
+        "of\naccuracies, matching losses, synthetic learning rates and the images of every stage.\n\n"
+        "    python -m utils.report logged_files/CIFAR10/* results/cifar10/* --out comparison"
+    )
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        metavar="RESULT_FOLDER",
+        help="that evaluate_mtt.py or evaluate_idc.py wrote a report into",
+    )
+    parser.add_argument(
+        "--out", help="folder for report.md, report.csv and the figures (default: print the table only)"
+    )
+    options = parser.parse_args()
+    results = [collect.read(folder) for folder in options.folders]
+    print(collect.markdown(results))
+    if not options.out:
+        return
+    out = Path(options.out)
+    for name, text in (("report.md", collect.markdown(results) + "\n"), ("report.csv", collect.table(results))):
+        with files.atomic(out / name, "w") as file:
+            file.write(text)
+        say(f"written: {out / name}")
+    for path in figures.draw_all(results, out):
+        say(f"written: {path}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

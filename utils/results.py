@@ -228,7 +228,8 @@ def _find_mtt(home, stages, dataset, data_path, whitened):
     dataset = idc_options.DATASETS.get(dataset, (dataset,))[0]
     dataset = _settle(home, "dataset", dataset, known.get("dataset"))
     whitened = _settle(home, "zca", whitened, known.get("zca"))
-    space = _space(home, dataset, data_path, whitened, None, lambda: _peek(stages[min(stages)] / "images_best.pt"))
+    first = stages[min(stages)] / "images_best.pt"
+    space = _space(home, dataset, data_path, whitened, None, options.get("subset"), lambda: _peek(first))
     return Result("PDD+MTT", home, stages, space, options, versions)
 
 
@@ -242,7 +243,8 @@ def _find_idc(folder, unions, dataset, data_path, factor, decode_type):
     decode_type = _settle(folder, "decode_type", decode_type, known.get("decode_type"))
     statistics = idc_options.STATISTICS.get(dataset)
     name = idc_options.DATASETS.get(dataset, (dataset,))[0]
-    space = _space(folder, name, data_path, False, statistics, lambda: _peek(unions[1]))
+    subset = f"imagenet{options['nclass']}" if "nclass" in options else folder.parent.name
+    space = _space(folder, name, data_path, False, statistics, subset, lambda: _peek(unions[1]))
     return Result("PDD+IDC", folder, unions, space, options, versions, factor, decode_type)
 
 
@@ -278,7 +280,7 @@ def _peek(path):
     return images
 
 
-def _space(home, dataset, data_path, whitened, statistics, peek):
+def _space(home, dataset, data_path, whitened, statistics, subset, peek):
     """Return the `Space` of a result: from the files beside it, from the data set, or from what everybody knows."""
     facts, whitening = None, None
     if (home / DATA).exists():
@@ -286,7 +288,8 @@ def _space(home, dataset, data_path, whitened, statistics, peek):
     if whitened and (home / WHITENING).exists():
         whitening = _whitening(home / WHITENING)
     if data_path and (facts is None or (whitened and whitening is None)):
-        real = datasets.load(dataset, data_path, torch.device("cpu"), whitened, statistics)
+        res = peek().shape[-1] if dataset in datasets.SIZED else None
+        real = datasets.load(dataset, data_path, torch.device("cpu"), whitened, statistics, subset, res)
         facts = facts or describe(real)
         whitening = zca.state(real.whitening) if whitened else None
     return Space(facts or _common_facts(home, dataset, whitened, statistics, peek), whitening)
@@ -306,18 +309,14 @@ def _whitening(path):
 
 def _common_facts(home, dataset, whitened, statistics, peek):
     """Return the `DataFacts` of a published result: those of its data set, classes called by their numbers."""
-    kind = datasets.KINDS.get(dataset)
-    if kind:
+    statistics = statistics or datasets.STATISTICS.get(dataset)
+    count = re.fullmatch(r"imagenet(\d+)", home.parent.name)
+    if kind := datasets.KINDS.get(dataset):
         num_classes, channel, im_size = kind.num_classes, kind.channel, kind.im_size
-        statistics = statistics or kind.statistics
-    elif dataset == "ImageNet":
-        count = re.fullmatch(r"imagenet(\d+)", home.parent.name)
-        if not count:
-            raise UserError(f"{home}: which classes of ImageNet these are is not known; name --data_path")
+    elif statistics and count:
         num_classes, (channel, im_size) = int(count[1]), peek().shape[1:3]
-        statistics = statistics or datasets.IMAGENET
     else:
-        raise UserError(f"{home}: the mean and std of {dataset!r} are not known; name its folder with --data_path")
+        raise UserError(f"{home}: {dataset} may be of any classes, mean and std; name its folder with --data_path")
     names = [str(label) for label in range(num_classes)]
     mean, std = (list(values) for values in statistics)
     return DataFacts(dataset, num_classes, names, channel, im_size, mean, std, whitened)

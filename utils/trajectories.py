@@ -17,15 +17,11 @@ from utils.reparam import flatten
 PARTIAL = "partial"
 
 
-def buffer_folder(buffer_path, dataset, model, zca, subset=None, res=None):
-    """Return the folder of the first stage's experts (MTT's layout)."""
-    name = dataset
-    if dataset in ("CIFAR10", "CIFAR100") and not zca:
-        name += "_NO_ZCA"
-    folder = Path(buffer_path) / name
-    if dataset == "ImageNet":
-        folder = folder / subset / str(res)
-    return folder / model
+def buffer_folder(buffer_path, place, model, zca):
+    """Return the folder of the first stage's experts (MTT's layout); `place` as `datasets.place` returns it."""
+    if place in ("CIFAR10", "CIFAR100") and not zca:
+        place += "_NO_ZCA"
+    return Path(buffer_path) / place / model
 
 
 def find_buffers(buffer_path, *layout):
