@@ -14,7 +14,7 @@ import time
 import torch
 
 import utils.options as o
-from utils import errors, files, formation, idc, idc_options, progressive, report, training
+from utils import errors, files, formation, idc, idc_options, progressive, report, results, training
 from utils.augment import DSA
 from utils.errors import UserError
 from utils.gradient_matching import matching_loss, sweep
@@ -78,6 +78,7 @@ def main():
     files.need_disk(folder, run.disk(), "the results")
     with files.locked(folder):
         files.claim(folder, vars(options), free=(*o.FREE, *idc.FREE))
+        results.save_facts(folder, real)
         idc.write_arguments(folder, options)
         for stage in range(options.start_interval, options.num_intervals):
             run.stage(stage)

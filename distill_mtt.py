@@ -15,7 +15,7 @@ import torch
 
 import networks
 import utils.options as o
-from utils import augment, errors, files, matching, progressive, report, synset, training
+from utils import augment, errors, files, matching, progressive, report, results, synset, training
 from utils.reparam import FlatNetwork, set_flat
 from utils.runtime import choose_device, stream
 from utils.trajectories import Experts, find_buffers
@@ -98,6 +98,7 @@ def main():
     files.need_disk(experiment, run.disk(), "the buffers of the transitions")
     with files.locked(experiment):
         files.claim(experiment, vars(options), free=o.FREE)
+        results.save_facts(experiment, real)
         for stage in range(options.start_interval, options.num_intervals + 1):
             run.stage(stage)
     print(f"{experiment}: done, {options.num_intervals} stages")

@@ -36,8 +36,8 @@ EXPERIMENT = "Digits_ConvNetW32_S_ipc1_max2_syn4_real2_img100.0_1e-05_0.03_incre
 
 
 def run_script(script, *arguments, check=True, **options):
-    """Run a script of the project as a user does; returns the finished process."""
-    command = [sys.executable, str(PROJECT / script), *map(str, arguments)]
+    """Run a script of the project (or `-m` and a module) as a user does; returns the finished process."""
+    command = [sys.executable, script if script == "-m" else str(PROJECT / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=options.pop("cwd", PROJECT), **options)
     if check and done.returncode:
         raise AssertionError(f"{script} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
@@ -110,6 +110,19 @@ def distilled(tmp_path_factory, buffers):
     root = tmp_path_factory.mktemp("logged_files")
     run_script("distill_mtt.py", *STAGES, *SHORT, "--buffer_path", buffers, "--root_log_dir", root)
     return root / "Digits" / EXPERIMENT
+
+
+@pytest.fixture(scope="session")
+def whitened(tmp_path_factory, cifar_tree):
+    """One stage on the small CIFAR-10 with --zca; returns the experiment's folder."""
+    root = tmp_path_factory.mktemp("whitened")
+    common = ["--dataset", "CIFAR10", "--data_path", cifar_tree, "--zca", "--model", "ConvNetW32", "--lr_teacher", 0.01]
+    run_script("buffer_mtt.py", *common, "--num_experts", 1, "--train_epochs", 3, "--buffer_path", root / "b")
+    assert (root / "b" / "CIFAR10" / "ConvNetW32" / "replay_buffer_0.pt").exists()
+    stages = ["--ipc", 1, "--num_intervals", 1, "--max_start_epoch", 2, "--expert_epochs", 1, "--syn_steps", 2]
+    stages += ["--lr_lr", 0]  # random pixels teach no learning rate
+    run_script("distill_mtt.py", *common, *stages, *SHORT, "--buffer_path", root / "b", "--root_log_dir", root / "l")
+    return root / "l" / "CIFAR10" / "CIFAR10_ConvNetW32_S_ipc1_max2_syn2_real1_img1000.0_0.0_0.01_increase_zca"
 
 
 @pytest.fixture(autouse=True)

@@ -185,38 +185,30 @@ def test_texture_learns_canvases(tmp_path, buffers):
     arguments = [a if a != "3" else "2" for a in STAGES]
     extra = ["--texture", "--canvas_size", "2", "--canvas_samples", "2"]
     run_script("distill_mtt.py", *arguments, *SHORT, *extra, "--buffer_path", buffers, "--root_log_dir", tmp_path)
-    images = torch.load(tmp_path / "Digits" / EXPERIMENT / FOLDERS[1] / "images_best.pt", weights_only=True)
+    folder = tmp_path / "Digits" / EXPERIMENT
+    images = torch.load(folder / FOLDERS[1] / "images_best.pt", weights_only=True)
     assert images.shape == (20, 1, 16, 16)
-    run_script(
-        "evaluate_mtt.py",
-        *arguments,
-        *extra,
-        "--num_experts",
-        "1",
-        "--epoch_eval_train",
-        "2",
-        "--num_eval",
-        "1",
-        "--skip_full",
-        "--buffer_path",
-        buffers,
-        "--save_path",
-        tmp_path,
-    )
+    short = ["--num_experts", 1, "--epoch_eval_train", 2, "--num_eval", 1, "--skip_full"]
+    paths = ["--buffer_path", buffers, "--save_path", tmp_path]
+    done = run_script("evaluate_mtt.py", *arguments, *extra, *short, *paths)
+    assert "stage 1-2" in done.stdout
+    done = run_script("evaluate_mtt.py", *arguments, *short, *paths, check=False)
+    assert done.returncode == 2 and "images_best.pt: expected pictures 1x8x8 for Digits, found 1x16x16" in done.stderr
+    for kind in ("safetensors", "png"):
+        run_script("-m", "utils.export", folder, "--format", kind, "--out", tmp_path / kind)
+    data = synset.load_distilled(folder)
+    assert torch.equal(data.images, images)
+    assert torch.equal(synset.load_distilled(tmp_path / "safetensors").images, images)
+    assert synset.load_distilled(tmp_path / "png").images.shape == images.shape
+    torch.manual_seed(0)
+    windows = [data[3][0] for _ in range(50)]
+    everywhere = images[3].repeat(1, 2, 2).unfold(1, 8, 1).unfold(2, 8, 1).reshape(-1, 8, 8)
+    assert all((everywhere == window[0]).all(dim=(1, 2)).any() for window in windows)
+    assert len({tuple(window.flatten().tolist()) for window in windows}) > 20
 
 
-def test_zca_saves_pictures_for_the_eye(tmp_path, cifar_tree):
-    common = ["--dataset", "CIFAR10", "--data_path", cifar_tree, "--zca", "--model", "ConvNetW32", "--lr_teacher", 0.01]
-    run_script("buffer_mtt.py", *common, "--num_experts", 1, "--train_epochs", 3, "--buffer_path", tmp_path / "b")
-    assert (tmp_path / "b" / "CIFAR10" / "ConvNetW32" / "replay_buffer_0.pt").exists()
-    stages = ["--ipc", 1, "--num_intervals", 1, "--max_start_epoch", 2, "--expert_epochs", 1, "--syn_steps", 2]
-    stages += ["--lr_lr", 0]  # random pixels teach no learning rate
-    run_script(
-        "distill_mtt.py", *common, *stages, *SHORT, "--buffer_path", tmp_path / "b", "--root_log_dir", tmp_path / "l"
-    )
-    name = "CIFAR10_ConvNetW32_S_ipc1_max2_syn2_real1_img1000.0_0.0_0.01_increase_zca"
-    folder = tmp_path / "l" / "CIFAR10" / name
-    pixels = torch.load(folder / "images_zca_0.pt", weights_only=True)
+def test_zca_saves_pictures_for_the_eye(whitened, cifar_tree):
+    pixels = torch.load(whitened / "images_zca_0.pt", weights_only=True)
     real = datasets.read("CIFAR10", cifar_tree).train_images
     start = np.rint(pixels.numpy() * 255)
     assert pixels.shape == (10, 3, 32, 32)

@@ -1,5 +1,7 @@
 import itertools
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -226,6 +228,93 @@ def test_every_published_command_runs_from_experts_to_report(number, tmp_path):
     reach = {1: 15, 2: 20, 3: 20, 4: 20, 5: 20}[number]
     stages = run_published(number, published, reach + 3, tree, tmp_path)
     assert sorted(stages) == sorted(f"interval{p}_epoch{reach * (p - 1) + 1}-{reach * p}" for p in range(1, 6))
+
+
+PUBLISHED = "CIFAR10_ConvNetW32_S_ipc1_max2_syn2_real1_img1000.0_1e-05_0.01_increase"
+WORDS = ["--dataset", "CIFAR10", "--model", "ConvNetW32", "--ipc", 1, "--num_intervals", 2, "--max_start_epoch", 2,
+         "--override_load_path", PUBLISHED]  # fmt: skip
+
+
+def write_published(root, new_format):
+    """Write results and experts as the published code saves them: leaves that require gradients, parameters."""
+
+    def save(value, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(value, path, _use_new_zipfile_serialization=new_format)
+
+    images = torch.randn(20, 3, 32, 32)
+    for stage in (1, 2):
+        folder = root / "logs" / "CIFAR10" / PUBLISHED / f"interval{stage}_epoch{2 * stage - 1}-{2 * stage}"
+        save(images[: 10 * stage].clone().requires_grad_(), folder / "images_best.pt")
+        save(torch.arange(10).repeat(stage), folder / "labels_best.pt")
+        save(torch.tensor(0.012, requires_grad=True), folder / "syn_lr_best.pt")
+    network = networks.get_network("ConvNetW32", 3, 10, 32)
+    as_tensors = [p.detach().clone() for p in network.parameters()]
+    moved = [p * 1.1 for p in as_tensors]
+    trajectories = [[list(network.parameters()), moved, as_tensors], [as_tensors, moved, as_tensors]]
+    save(trajectories, root / "buffers" / "CIFAR10_NO_ZCA" / "ConvNetW32" / "replay_buffer_0.pt")
+    return root / "logs" / "CIFAR10" / PUBLISHED
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_published_files_are_read_as_they_are(new_format, cifar_tree, tmp_path, capsys, monkeypatch):
+    folder = write_published(tmp_path, new_format)
+    entry = load_buffer(tmp_path / "buffers" / "CIFAR10_NO_ZCA" / "ConvNetW32" / "replay_buffer_0.pt")[0][0]
+    assert isinstance(entry[0], torch.nn.Parameter)
+    paths = ["--data_path", cifar_tree, "--buffer_path", tmp_path / "buffers", "--save_path", tmp_path / "logs"]
+    status, message = call("evaluate_mtt.py", *WORDS, *QUICK, *paths, "--skip_full", capsys=capsys,
+                           monkeypatch=monkeypatch)  # fmt: skip
+    assert status == 0 and "no experts" not in message, message
+    found = json.loads((folder / "report.json").read_text())
+    assert [s["ipc_total"] for s in found["stages"]] == [1, 2]
+    data = synset.load_distilled(folder)
+    assert not data.images.requires_grad and data.syn_lr == pytest.approx(0.012) and data.stage.tolist()[9:11] == [1, 2]
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_published_experts_and_unions_are_distilled_on(new_format, cifar_tree, tmp_path):
+    """Stage 2 from the published union of stage 1 and the published experts in its folder."""
+    folder = write_published(tmp_path, new_format)
+    shutil.rmtree(folder / "interval2_epoch3-4")
+    shutil.copytree(tmp_path / "buffers" / "CIFAR10_NO_ZCA" / "ConvNetW32", folder / "interval1_epoch1-2",
+                    dirs_exist_ok=True)  # fmt: skip
+    run_script("distill_mtt.py", *WORDS[:-2], "--data_path", cifar_tree, "--root_log_dir", tmp_path / "logs",
+               "--start_interval", 2, "--expert_epochs", 1, "--syn_steps", 2, "--Iteration", 1, "--num_eval", 1,
+               "--override_epoch_eval_train", 1, "--override_experiment_path", folder)  # fmt: skip
+    before, after = (synset.load_distilled(folder, stage=stage).images for stage in (1, 2))
+    assert torch.equal(after[:10], before) and len(after) == 20
+
+
+OTHER_SHAPES = [
+    ("images_best.pt", torch.zeros(20, 3, 16, 16), "expected pictures 3x32x32 for CIFAR10, found 3x16x16"),
+    ("images_best.pt", torch.zeros(19, 3, 32, 32), "labels_best.pt: expected 19 integer labels"),
+    ("labels_best.pt", torch.zeros(20, 1).long(), r"expected labels \(N,\), found shape \(20, 1\)"),
+    ("syn_lr_best.pt", torch.ones(3), r"expected one number, found shape \(3,\)"),
+]
+
+
+@pytest.mark.parametrize("name,tensor,words", OTHER_SHAPES)
+@pytest.mark.parametrize("new_format", [True, False])
+def test_published_files_of_another_shape_are_named(new_format, name, tensor, words, cifar_tree, tmp_path, capsys,
+                                                    monkeypatch):  # fmt: skip
+    path = write_published(tmp_path, new_format) / "interval2_epoch3-4" / name
+    torch.save(tensor, path, _use_new_zipfile_serialization=new_format)
+    paths = ["--data_path", cifar_tree, "--buffer_path", tmp_path / "buffers", "--save_path", tmp_path / "logs"]
+    status, message = call("evaluate_mtt.py", *WORDS, *paths, capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 2 and message.count("\n") == 1 and re.search(words, message), message
+    assert message.startswith(f"error: {path.parent}") and "_best.pt: " in message
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_published_experts_of_another_shape_are_named(new_format, cifar_tree, tmp_path, capsys, monkeypatch):
+    write_published(tmp_path, new_format)
+    path = tmp_path / "buffers" / "CIFAR10_NO_ZCA" / "ConvNetW32" / "replay_buffer_0.pt"
+    trajectories = load_buffer(path, mmap=False)
+    trajectories[1][0][2] = torch.nn.Parameter(torch.zeros(33))
+    torch.save(trajectories, path, _use_new_zipfile_serialization=new_format)
+    paths = ["--data_path", cifar_tree, "--buffer_path", tmp_path / "buffers", "--save_path", tmp_path / "logs"]
+    status, message = call("evaluate_mtt.py", *WORDS, *QUICK, *paths, capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 2 and message.startswith(f"error: {path}: ") and "found (33,)" in message
 
 
 def test_table_and_spread():

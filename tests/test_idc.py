@@ -248,17 +248,45 @@ def test_evaluation_reports_every_mode(distilled, capsys, monkeypatch):
         assert [s["ipc_total"] for s in found["stages"]] == totals and found["random"] is None
 
 
-def test_published_files_are_read_as_they_are(tmp_path, cifar_tree, capsys, monkeypatch):
-    folder = tmp_path / "published"
+def write_published(folder, new_format):
+    """Write two unions as the published code saves them; returns the words that evaluate them."""
     folder.mkdir()
     for stage in range(2):
         count = 2 * (stage + 1)
         value = [torch.rand(10 * count, 3, 32, 32), torch.arange(10).repeat_interleave(count)]
-        torch.save(value, folder / f"interval_{stage}_data.pt", _use_new_zipfile_serialization=stage == 0)
-    words = ["--reproduce", "-d", "cifar10", "-f", 2, "--ipc", 2, "--data_dir", cifar_tree, "--override-load-dir",
-             folder, "--num-intervals", 2, "--epochs", 1, "--eval_models", "self", "--skip_full"]  # fmt: skip
-    assert call(E, *words, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+        torch.save(value, folder / f"interval_{stage}_data.pt", _use_new_zipfile_serialization=new_format)
+    return ["--reproduce", "-d", "cifar10", "-f", 2, "--ipc", 2, "--override-load-dir", folder, "--num-intervals", 2,
+            "--epochs", 1, "--eval_models", "self", "--skip_full"]  # fmt: skip
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_published_files_are_read_as_they_are(new_format, tmp_path, cifar_tree, capsys, monkeypatch):
+    folder = tmp_path / "published"
+    words = write_published(folder, new_format)
+    assert call(E, *words, "--data_dir", cifar_tree, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
     assert json.loads((folder / "report.json").read_text())["stages"][1]["ipc_total"] == 4
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize(
+    "index,tensor,words",
+    [
+        (0, torch.zeros(40, 3, 28, 28), "expected pictures 3x32x32 for CIFAR10, found 3x28x28"),
+        (0, torch.zeros(40, 1, 32, 32), "found 1x32x32"),
+        (0, torch.zeros(39, 3, 32, 32), r"expected \[images"),
+        (1, torch.zeros(40, 1).long(), r"expected \[images"),
+    ],
+)
+def test_published_files_of_another_shape_are_named(
+    index, tensor, words, new_format, tmp_path, cifar_tree, capsys, monkeypatch
+):
+    arguments = write_published(tmp_path / "published", new_format)
+    path = tmp_path / "published" / "interval_1_data.pt"
+    value = torch.load(path, weights_only=True)
+    value[index] = tensor
+    torch.save(value, path, _use_new_zipfile_serialization=new_format)
+    status, message = call(E, *arguments, "--data_dir", cifar_tree, capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 2 and message.startswith(f"error: {path}: ") and re.search(words, message), message
 
 
 def change(index, function):

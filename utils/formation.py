@@ -84,6 +84,12 @@ def decode_union(images, num_classes, factor, kind):
     return torch.cat(decoded), labels
 
 
+def origins(count, factor, kind, bound=BOUND):
+    """Return for each decoded image of a class which of its `count` images it is a part of, (M,) int64."""
+    pieces = plan(count, factor, kind, bound)
+    return torch.cat([torch.arange(first, last).repeat(f * f) for first, last, f in pieces])
+
+
 def new_images(real, ipc, init, factor, rng):
     """Draw the images that a stage starts from.
 

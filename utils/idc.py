@@ -1,14 +1,15 @@
-"""What distillation and evaluation of PDD+IDC share: data, networks, unions on disk."""
+"""What distillation and evaluation of PDD+IDC share: data, networks, their files."""
 
 import json
 from pathlib import Path
-
-import torch
 
 import networks
 from utils import datasets, files, idc_options
 from utils.errors import UserError
 from utils.runtime import seeded
+from utils.synset import load_union as load_union
+from utils.synset import save_union as save_union
+from utils.synset import union_path as union_path
 
 # Options that may differ between a run and its continuation, besides those of every script.
 FREE = (
@@ -96,63 +97,6 @@ def load_pretrained(options, real, number):
             f"{path}: expected a network {idc_options.model_tag(options)}, found another; make it anew with --pretrain"
         ) from None
     return network.to(real.train.images.device)
-
-
-def union_path(folder, stage):
-    """Return the file of the union of `stage` (from 0)."""
-    return Path(folder) / f"interval_{stage}_data.pt"
-
-
-def save_union(folder, stage, union):
-    """Write a union (K, n, stages, C, H, W) as the published code does: [images, labels], class after class."""
-    images = union.flatten(1, 2).flatten(0, 1).cpu().clone()
-    labels = torch.arange(len(union)).repeat_interleave(len(images) // len(union))
-    files.save(union_path(folder, stage), [images, labels])
-
-
-def load_union(folder, stage, real, ipc=None):
-    """Read the union of `stage` (from 0).
-
-    Args:
-        folder: of the results.
-        stage: whose union.
-        real: `RealData` that it must fit.
-        ipc: images of each class that a stage learned; None to take any.
-
-    Returns:
-        (K, n, stage + 1, C, H, W) float32 in [0, 1], on the CPU.
-
-    Raises:
-        UserError: the file is missing, damaged, or of another data set, size, class count or ipc.
-    """
-    path = union_path(folder, stage)
-    value = files.load(path, "a union [images, labels]")
-    good = isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, torch.Tensor) for v in value)
-    if not good or value[0].dim() != 4 or value[1].dim() != 1 or len(value[0]) != len(value[1]):
-        raise UserError(f"{path}: expected [images (N, C, H, W), labels (N,)], found something else; make it anew")
-    images, labels = value[0].detach().float(), value[1].detach().long()
-    expected = (real.channel, real.im_size, real.im_size)
-    if tuple(images.shape[1:]) != expected:
-        raise UserError(
-            f"{path}: expected pictures {'x'.join(map(str, expected))} for {real.name}, found "
-            f"{'x'.join(map(str, images.shape[1:]))}; name the right --dataset and --size"
-        )
-    if not bool(images.isfinite().all()):
-        raise UserError(f"{path}: expected finite pixels, found NaN or infinity; make it anew")
-    per_class = len(images) // real.num_classes
-    wanted = torch.arange(real.num_classes).repeat_interleave(per_class)
-    if per_class == 0 or not torch.equal(labels, wanted):
-        raise UserError(
-            f"{path}: expected {real.num_classes} classes of equal size one after the other, found {len(labels)} "
-            f"labels from {int(labels.min()) if len(labels) else 0} to {int(labels.max()) if len(labels) else 0}; "
-            "name the right --dataset and --nclass"
-        )
-    if per_class % (stage + 1) or (ipc and per_class != ipc * (stage + 1)):
-        raise UserError(
-            f"{path}: expected {ipc * (stage + 1) if ipc else f'a multiple of {stage + 1}'} images of each class, "
-            f"found {per_class}; check --ipc"
-        )
-    return images.view(real.num_classes, -1, stage + 1, *expected)
 
 
 def write_arguments(folder, options):

@@ -1,6 +1,5 @@
 """Stages: their folders, the transition between them, and evaluation in their order. Shared by PDD+MTT and PDD+IDC."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from utils import files, training
 from utils.augment import DSA, without
 from utils.datasets import Source
 from utils.errors import UserError
+from utils.results import stage_folders
 from utils.runtime import stream
 from utils.trajectories import Recorder
 
@@ -67,10 +67,7 @@ def find_stages(experiment, stages, names=None):
         return [experiment / name for name in names]
     if stages == 1 and (experiment / "images_best.pt").exists():
         return [experiment]
-    found = {}
-    for folder in experiment.iterdir():
-        if match := re.fullmatch(r"interval(\d+)_epoch\d+-\d+", folder.name):
-            found.setdefault(int(match[1]), []).append(folder)
+    found = stage_folders(experiment)
     folders = []
     for stage in range(1, stages + 1):
         if len(found.get(stage, [])) != 1:
