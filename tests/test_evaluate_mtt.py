@@ -190,16 +190,8 @@ def run_published(number, published, epochs, tree, tmp_path):
     run_script("buffer_mtt.py", *published.split(), *data, "--num_experts", 1, "--train_epochs", epochs,
                "--batch_train", 4 if number < 2 else 32)  # fmt: skip
     distillation, evaluation = (command.split() for command in SEED_COMMANDS[number])
-    short = [
-        "--Iteration",
-        1,
-        "--batch_syn",
-        8 if number else 2,
-        "--batch_train",
-        {0: 12, 1: 4}.get(number, 32),
-        "--num_eval",
-        1,
-    ]
+    batches = {0: (2, 12), 1: (8, 4)}.get(number, (8, 32))
+    short = ["--Iteration", 1, "--batch_syn", batches[0], "--batch_train", batches[1], "--num_eval", 1]
     run_script("distill_mtt.py", *distillation, *data, "--root_log_dir", tmp_path / "logs", *short,
                "--override_epoch_eval_train", 1)  # fmt: skip
     done = run_script("evaluate_mtt.py", *evaluation, *data, "--save_path", tmp_path / "logs", "--num_experts", 1,

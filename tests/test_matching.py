@@ -117,9 +117,8 @@ def test_budget_is_between_none_and_all(monkeypatch):
     student, start, _, _, images, labels, steps, _ = case()
     cpu = torch.device("cpu")
     assert choose_kept_steps("auto", student, start, images, labels, steps, None, cpu) == len(steps)
-    monkeypatch.setattr(
-        "utils.matching.free_memory", lambda _: 8 * graph_bytes(student, start, images, labels, steps[0])
-    )
+    size = graph_bytes(student, start, images, labels, steps[0])
+    monkeypatch.setattr("utils.matching.free_memory", lambda _: 8 * size)
     assert choose_kept_steps("auto", student, start, images, labels, steps, None, cpu) == 3
     assert choose_kept_steps("3", student, start, images, labels, steps, None, cpu) == 3
     assert choose_kept_steps("0", student, start, images, labels, steps, None, cpu) == 0
