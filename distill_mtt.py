@@ -55,6 +55,11 @@ def parse():
         "auto (as many as fit half of the free memory) or a number; 0 needs the least memory",
     )
     match.add_argument("--slice_size", type=o.COUNT, help="pictures of a minibatch held at once (default: all)")
+    match.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile for a ConvNet student's steps (made for GPUs)",
+    )
     test = parser.add_argument_group("evaluation in a stage")
     test.add_argument("--num_eval", type=o.COUNT, default=5, help="networks of each evaluation")
     test.add_argument("--eval_it", type=o.COUNT, default=100, help="iterations between two evaluations")
@@ -119,7 +124,9 @@ class Run:
         self.device = real.train.images.device
         self.dsa = augment.DSA(options.dsa_strategy) if options.dsa else None
         self.canvas = options.canvas_size if options.texture else 1
-        self.student = FlatNetwork(training.new_network(options.model, real, options.seed, "student"))
+        self.student = FlatNetwork(
+            training.new_network(options.model, real, options.seed, "student"), options.compile, report.say
+        )
 
     def folder(self, stage):
         return progressive.stage_folder(

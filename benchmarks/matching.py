@@ -61,11 +61,11 @@ def published(steps, batch=20, total=20, **shape):
     return work
 
 
-def project(steps, batch=20, total=20, kept_steps=None, device="cpu", **shape):
+def project(steps, batch=20, total=20, kept_steps=None, device="cpu", compiled=False, **shape):
     """The exact adjoint; all graphs kept unless `kept_steps` says otherwise."""
     runtime.choose_device(device)
     network, start, target, images, labels = problem(steps=steps, batch=batch, total=total, device=device, **shape)
-    student, lr = FlatNetwork(network), torch.tensor(0.01, device=device)
+    student, lr = FlatNetwork(network, compiled), torch.tensor(0.01, device=device)
     dsa, rng = DSA(DSA_STRATEGY), np.random.default_rng(0)
 
     def work():

@@ -15,13 +15,16 @@ from networks import fused
 from networks.convnet import ConvNet
 
 
-def applies(network, pictures):
-    """True where the functions below are made for: fused blocks, no global pooling, pictures (N, C, H, W) on a CPU."""
+def applies(network, pictures, compiled=False):
+    """True where the functions below are made for: fused blocks, no global pooling, pictures (N, C, H, W) on a CPU.
+
+    Other devices have quicker kernels for what autograd records, unless a compiler joins these operations.
+    """
     return (
         isinstance(network, ConvNet)
         and network.fuses
         and isinstance(network.pool, torch.nn.Identity)
-        and pictures.device.type == "cpu"
+        and (compiled or pictures.device.type == "cpu")
         and pictures.shape[2] % 2**network.depth == 0
         and network.features[0].padding == (1, 1)
     )
@@ -117,6 +120,31 @@ def product(parameters, saved, vectors, total, of_parameters=True):
                 d_kernel += own_kernel
             results = [d_kernel, d_y.sum((0, 2, 3)), d_scale.add_(own_scale), d_shift, *results]
     return results if of_parameters else None, d_x
+
+
+def compiled(function, note):
+    """Return `function` under torch.compile; where that fails, `note` is called once with a line and it runs as it is.
+
+    Args:
+        function: `gradient` or `product`.
+        note: function of a string.
+    """
+    quick = torch.compile(function, dynamic=False)
+
+    def call(*arguments):
+        nonlocal quick
+        if quick is not None:
+            try:
+                return quick(*arguments)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # compilers fail in too many ways to name them
+                quick = None
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                note(f"note: --compile does not work here ({reason[:100]}); running without")
+        return function(*arguments)
+
+    return call
 
 
 def _by_four(parameters):

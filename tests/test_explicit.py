@@ -5,6 +5,8 @@ from torch.nn import functional as F
 import networks
 from networks import explicit
 from networks.convnet import ConvNet
+from tests.conftest import SHORT, STAGES, run_script
+from utils import synset
 
 
 def relative(found, expected):
@@ -61,3 +63,25 @@ def test_other_networks_are_left_to_autograd(name, channel, size, wanted):
     network = networks.get_network(name, channel, 10, size)
     assert explicit.applies(network, torch.zeros(1, channel, size, size)) == wanted
     assert not explicit.applies(network, torch.zeros(1, channel, size, size, device="meta"))
+
+
+def test_a_compiler_that_fails_is_told_once_and_done_without(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no compiler found\nmore words")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: broken)
+    notes = []
+    function = explicit.compiled(lambda a, b: a + b, notes.append)
+    assert [function(1, 2), function(3, 4)] == [3, 7]
+    assert notes == ["note: --compile does not work here (no compiler found); running without"]
+
+
+@pytest.mark.slow
+def test_compiled_steps_distil_the_same(buffers, tmp_path):
+    for name, words in (("plain", []), ("compiled", ["--compile"])):
+        one = [*STAGES, *SHORT, "--num_intervals", 1, "--buffer_path", buffers, "--root_log_dir", tmp_path / name]
+        done = run_script("distill_mtt.py", *one, *words)
+        assert "--compile does not work" not in done.stderr
+    found = [synset.load_set(path.parent) for path in sorted(tmp_path.rglob("images_best.pt"))]
+    assert len(found) == 2
+    torch.testing.assert_close(found[0].images, found[1].images, rtol=1e-3, atol=1e-4)

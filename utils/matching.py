@@ -138,14 +138,14 @@ class _Explicit:
 
     def __init__(self, student, theta, inputs, targets, total, keep):
         self.student, self.theta, self.total = student, theta, total
-        gradients, saved = explicit.gradient(student.parts(theta), inputs, targets, total)
+        gradients, saved = student.gradient(student.parts(theta), inputs, targets, total)
         self.gradient = flatten(gradients)
         self.saved = saved if keep else ()
 
     def product(self, vector, of_theta):
         """Return (∂g/∂θ)ᵀ `vector`, None where it is not wanted, and (∂g/∂x)ᵀ `vector`."""
         parts = self.student.parts
-        products, inputs = explicit.product(parts(self.theta), self.saved, parts(vector), self.total, of_theta)
+        products, inputs = self.student.product(parts(self.theta), self.saved, parts(vector), self.total, of_theta)
         return flatten(products) if of_theta else None, inputs
 
 
@@ -155,7 +155,7 @@ def _gradient_graphs(student, theta, images, labels, step, slice_size, keep):
         inputs = step.augment(images[step.index])
     targets = step.labels(labels, len(inputs))
     size = slice_size or len(inputs)
-    kind = _Explicit if explicit.applies(student.network, inputs) else _Graph
+    kind = _Explicit if explicit.applies(student.network, inputs, student.compiled) else _Graph
     for begin in range(0, len(inputs), size):
         part = slice(begin, begin + size)
         yield kind(student, theta, inputs[part], targets[part], len(inputs), keep)

@@ -27,6 +27,7 @@ FREE = (
     "save_dir",
     "kept_steps",
     "slice_size",
+    "compile",
     "dry_run",
 )
 

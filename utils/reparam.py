@@ -7,6 +7,8 @@ differentiable functions of the synthetic pictures: so the module lends its stru
 import torch
 from torch.func import functional_call
 
+from networks import explicit
+
 
 class FlatNetwork:
     """Calls `network` with the parameters of a flat vector.
@@ -15,10 +17,15 @@ class FlatNetwork:
 
     Args:
         network: torch.nn.Module; its own parameters are only read for their shapes.
+        compiled: differentiate ConvNets by compiled code; see networks/explicit.py.
+        note: function of a string, told once where that does not work.
     """
 
-    def __init__(self, network):
-        self.network = network
+    def __init__(self, network, compiled=False, note=print):
+        self.network, self.compiled = network, compiled
+        self.gradient, self.product = explicit.gradient, explicit.product
+        if compiled:
+            self.gradient, self.product = (explicit.compiled(f, note) for f in (self.gradient, self.product))
         self.names = [name for name, _ in network.named_parameters()]
         self.shapes = [parameter.shape for parameter in network.parameters()]
         self.sizes = [parameter.numel() for parameter in network.parameters()]
