@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import files, zca
+from utils import distributed, files, zca
 from utils.errors import UserError, one_line
 
 CACHE = ".pdd_cache"
@@ -157,10 +157,10 @@ def load(name, data_path, device, whiten=False, statistics=None):
     Raises:
         UserError: the data are missing or damaged.
     """
-    pictures = read(name, data_path)
-    if not whiten:
-        return RealData(name, pictures, device, statistics=statistics)
-    return RealData(name, pictures, device, _whitening(pictures.train_images, data_path, device))
+    with distributed.leaders_first():
+        pictures = read(name, data_path)
+        whitening = _whitening(pictures.train_images, data_path, device) if whiten else None
+    return RealData(name, pictures, device, whitening, None if whiten else statistics)
 
 
 def _whitening(images, data_path, device):
@@ -178,6 +178,8 @@ def _whitening(images, data_path, device):
 
 
 def _note_no_cache(path, error):
+    if not distributed.is_first():
+        return
     print(f"note: nothing cached at {path} ({error.strerror}); the next start takes as long", file=sys.stderr)
 
 
