@@ -9,7 +9,7 @@ Takes the options of the distillation, whose folder it finds by them, or --overr
 from pathlib import Path
 
 import utils.options as o
-from utils import errors, files, formation, idc, idc_options, progressive, report
+from utils import distributed, errors, files, formation, idc, idc_options, progressive, report
 from utils.evaluation import Contender, Evaluation, evaluate_and_report
 from utils.runtime import choose_device, versions
 
@@ -157,4 +157,4 @@ def contender(options, real, unions, name):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    distributed.run(main)
