@@ -13,6 +13,8 @@ import datetime
 import math
 import os
 import sys
+import time
+import uuid
 
 import torch
 import torch.distributed as dist
@@ -35,9 +37,8 @@ def run(main):
     if not dist.is_torchelastic_launched():
         run_alone(main)
         return
-    # The store is the agent's: it outlives every rank, and keeps the keys of the processes before a restart.
     store, number, count = next(dist.rendezvous("env://", timeout=MEETING))
-    store = dist.PrefixStore(f"try{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    store = _meet(store, number, count)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     group_store = dist.PrefixStore("group", store)
     dist.init_process_group(backend, store=group_store, rank=number, world_size=count, timeout=PATIENCE)
@@ -58,6 +59,31 @@ def run(main):
         sys.stderr.flush()
         os._exit(end.code)
     dist.destroy_process_group()
+
+
+def _meet(store, number, count):
+    """Return a store of this start of the job alone, known to every rank.
+
+    The store that torchrun gives outlives the ranks: after a restart it holds what they wrote before, and machines
+    may have counted different numbers of restarts. So every rank says hello with a name that nobody had before, and
+    rank 0 answers with the name of the start.
+    """
+    name = uuid.uuid4().hex
+    if number:
+        store.set(f"hello/{number}", name)
+        start = store.get(f"welcome/{name}").decode()  # waits for it
+        store.set(f"{start}/here/{number}", "")
+        return dist.PrefixStore(start, store)
+    missing = set(range(1, count))
+    until = time.monotonic() + MEETING.total_seconds()
+    while missing:
+        if time.monotonic() > until:
+            raise TimeoutError(f"ranks {sorted(missing)} of {count} have not come within {MEETING}")
+        for other in [other for other in missing if store.check([f"hello/{other}"])]:
+            store.set(f"welcome/{store.get(f'hello/{other}').decode()}", name)
+        time.sleep(0.01)
+        missing = {other for other in missing if not store.check([f"{name}/here/{other}"])}
+    return dist.PrefixStore(name, store)
 
 
 def size():
