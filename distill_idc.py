@@ -7,6 +7,9 @@ Each stage learns ipc images of every class, conditioned on the frozen ones of t
 gradients are matched are first trained on the earlier unions. The same command again continues an interrupted run;
 --start-interval i begins at stage i (from 0) from what is on disk. The files are
 results/{dataset}/{folder}/interval_{i}_data.pt: [images (N, C, H, W) in [0, 1], labels (N,)], class after class.
+
+    # all GPUs of a machine: the classes of every sweep and the networks of transitions and evaluations are spread
+    torchrun --standalone --nproc_per_node=gpu distill_idc.py …
 """
 
 import time
@@ -14,7 +17,7 @@ import time
 import torch
 
 import utils.options as o
-from utils import errors, files, formation, idc, idc_options, progressive, report, results, training
+from utils import distributed, files, formation, idc, idc_options, progressive, report, results, training
 from utils.augment import DSA
 from utils.errors import UserError
 from utils.gradient_matching import matching_loss, sweep
@@ -58,6 +61,11 @@ def parse():
 def main():
     options = parse()
     device = choose_device(options.device)
+    if options.phase >= 0 or options.nclass_sub >= 0:
+        report.say(
+            "note: --phase and --nclass_sub change nothing: one command learns all classes, over many processes "
+            "where torchrun starts it"
+        )
     real = idc.load_data(options, device)
     folder = idc.save_folder(options)
     run = Run(options, real, folder)
@@ -77,12 +85,12 @@ def main():
         return
     files.need_disk(folder, run.disk(), "the results")
     with files.locked(folder):
-        files.claim(folder, vars(options), free=(*o.FREE, *idc.FREE))
-        results.save_facts(folder, real)
-        idc.write_arguments(folder, options)
+        distributed.first(lambda: files.claim(folder, vars(options), free=(*o.FREE, *idc.FREE)))
+        distributed.first(lambda: results.save_facts(folder, real))
+        distributed.first(lambda: idc.write_arguments(folder, options))
         for stage in range(options.start_interval, options.num_intervals):
             run.stage(stage)
-    print(f"{folder}: done, {options.num_intervals} stages")
+    report.show(f"{folder}: done, {options.num_intervals} stages")
 
 
 class Run:
@@ -134,7 +142,8 @@ class Run:
         checkpoint = files.Checkpoint(folder / f"interval_{stage}_checkpoint.pt", options.checkpoint_minutes)
         learner = Learner(self, stage, earlier, learned, checkpoint)
         learner.learn()
-        files.write_json(marker, {"stage": stage, "iterations": self.iterations, "complete": True})
+        about = {"stage": stage, "iterations": self.iterations, "complete": True}
+        distributed.first(lambda: files.write_json(marker, about))
         checkpoint.clear()
 
     def network(self, *keys):
@@ -151,7 +160,7 @@ class Run:
         if options.pt_from < 1:
             raise UserError("--pretrain: expected --pt_from EPOCHS, the epochs to train, found none")
         recipe = progressive.idc_recipe(options, options.pt_from, real_pictures=True)
-        for number in range(options.pt_num):
+        for number in distributed.share(range(options.pt_num)):
             path = idc.pretrained_path(options, number)
             if path.exists():
                 report.say(f"{path}: there already")
@@ -191,7 +200,7 @@ class Learner:
         self.pending = False  # an evaluation of the saved union is due
         self.network, self.optimizer = None, None
         self.log = None
-        self.trained = {}  # networks trained on the earlier unions, by the number of their outer iteration
+        self.started = {}  # networks before their first sweep, by the number of their outer iteration
         self.recipe = progressive.idc_recipe(self.options, self.options.net_epoch, real_pictures=True)
 
     def state(self):
@@ -238,7 +247,7 @@ class Learner:
             if saved:
                 self.restore(saved)
             else:
-                report.save_grid(run.folder / f"interval_{stage}_init.png", self.learned.flatten(0, 1), self.labels())
+                self.save_picture("init")
                 self.pending = options.test
             progress = report.Progress(run.iterations, f"stage {stage}, outer iteration", self.iteration)
             while True:
@@ -269,6 +278,8 @@ class Learner:
         while self.inner < options.inner_loop:
             if self.inner:
                 self.checkpoint.tick()
+            # Rank 0 trains the network: the others' copies would drift from it on GPUs.
+            distributed.copy_from_first(idc.floats_of(self.network))
             rng = stream(options.seed, "sweep", self.stage, self.iteration, self.inner)
             self.total = self.total + sweep(
                 self.learned,
@@ -277,7 +288,8 @@ class Learner:
                 options.mom_img,
                 lambda images, rng=rng: self.gradients(images, rng),
             )
-            self.train_on_real()
+            if distributed.is_first():
+                self.train_on_real()
             self.inner += 1
         loss = self.total / options.inner_loop
         if not bool(torch.isfinite(loss)) or not bool(self.learned.isfinite().all()):
@@ -299,31 +311,34 @@ class Learner:
         options = self.options
         number = self.iteration % options.transition_pool if options.transition_pool else self.iteration
         network = self.run.network("student", self.stage, number)
-        if self.stage:
-            if number not in self.trained:
+        if self.stage or options.early:
+            if number not in self.started:
                 if not options.transition_pool:
-                    self.trained.clear()
-                self.train_on_earlier(range(number, number + self.ahead(number)))
-            network.load_state_dict(self.trained[number])
-        if options.early:
-            recipe = progressive.idc_recipe(options, options.early, real_pictures=True)
-            training.train(
-                network,
-                self.real.train,
-                recipe,
-                options.seed,
-                ("early", self.stage, number),
-                checkpoint=self.checkpoint,
-            )
+                    self.started.clear()
+                self.start_networks(self.ahead(number))
+            network.load_state_dict(self.started[number])
         return network
 
     def ahead(self, number):
-        """Return how many networks from `number` on are trained on the earlier unions together."""
-        limit = self.options.transition_pool or self.run.iterations
-        return min(self.options.transition_batch, limit - number)
+        """Return the networks from `number` on that are started together: transition_batch of them on every rank."""
+        options = self.options
+        step = 1 if options.transition_pool else max(1, options.fix_iter)
+        limit = options.transition_pool or self.run.iterations
+        return range(number, limit, step)[: options.transition_batch * distributed.size()]
 
-    def train_on_earlier(self, numbers):
-        """Train the networks of the outer iterations `numbers` on each earlier union in turn."""
+    def start_networks(self, numbers):
+        """Train the networks of the outer iterations `numbers`, spread over the ranks."""
+        hands = distributed.deal(numbers)
+        found = self.checkpoint.spread("starts", self.stage, hands, self.train_starts)
+        for hand, states in zip(hands, found, strict=True):
+            self.started |= dict(zip(hand, states, strict=True))
+
+    def train_starts(self, numbers, checkpoint):
+        """Train the networks of the outer iterations `numbers` on each earlier union in turn, then on real pictures.
+
+        Returns:
+            List of their states, on the CPU.
+        """
         options = self.options
         recipe = progressive.idc_recipe(options, max(1, options.epochs // 5))
         members = [self.run.network("student", self.stage, number) for number in numbers]
@@ -331,10 +346,13 @@ class Learner:
         for before in range(self.stage):
             source = self.source(self.earlier[:, :, : before + 1])
             keys = [("earlier", self.stage, number, before) for number in numbers]
-            optimizers = training.train_together(
-                members, source, recipe, options.seed, keys, optimizers, self.checkpoint
-            )
-        self.trained |= {number: member.state_dict() for number, member in zip(numbers, members, strict=True)}
+            optimizers = training.train_together(members, source, recipe, options.seed, keys, optimizers, checkpoint)
+        if options.early:
+            recipe = progressive.idc_recipe(options, options.early, real_pictures=True)
+            for number, member in zip(numbers, members, strict=True):
+                keys = ("early", self.stage, number)
+                training.train(member, self.real.train, recipe, options.seed, keys, checkpoint=checkpoint)
+        return [{name: value.cpu() for name, value in member.state_dict().items()} for member in members]
 
     def source(self, union):
         """Return the decoded pictures of a union (K, n, stages, C, H, W) to train on."""
@@ -344,24 +362,30 @@ class Learner:
         )
 
     def gradients(self, images, rng):
-        """Return losses (K,) and gradients of `images` (K, n, C, H, W), each class with its own real batch."""
+        """Return losses (K,) and gradients of `images` (K, n, C, H, W), each class with its own real batch.
+
+        The classes are spread over the ranks, and every rank has all results.
+        """
         options, real = self.options, self.real
-        losses, gradients = [], []
-        for label in range(real.num_classes):
-            indices = real.class_indices[label]
-            count = min(options.batch_real, len(indices))
-            index = torch.from_numpy(rng.choice(indices, count, replace=False)).to(images.device)
+        draws = [self.draw(label, rng) for label in range(real.num_classes)]
+        own = distributed.share(range(real.num_classes))
+        if options.norm_type == "sn":
+            # A forward pass moves the norm's vectors, which the next class then starts from.
+            own = range(real.num_classes if distributed.is_first() else 0)
+        losses, gradients = images.new_zeros(real.num_classes), torch.zeros_like(images)
+        for label in own:
+            index, chosen, augmentation = draws[label]
             block, learned = self.block(label, images[label])
             decoded = formation.decode_class(block, options.factor, options.decode_type, options.batch_syn_max)
-            if len(decoded) > options.batch_syn_max:
-                chosen = rng.permutation(len(decoded))[: options.batch_syn_max]
+            if chosen is not None:
                 decoded = decoded[torch.from_numpy(chosen).to(images.device)]
-            both = torch.cat([real.train.images[index].float() / 255, decoded]).sub(self.run.mean).div(self.run.std)
-            both = self.run.augment.apply(both, self.run.augment.draw(1, rng))
+            pictures = real.train.images[torch.from_numpy(index).to(images.device)]
+            both = torch.cat([pictures.float() / 255, decoded]).sub(self.run.mean).div(self.run.std)
+            both = self.run.augment.apply(both, augmentation)
             loss = matching_loss(
                 self.network,
-                both[:count].detach(),
-                both[count:],
+                both[: len(index)].detach(),
+                both[len(index) :],
                 label,
                 options.match,
                 options.metric,
@@ -371,9 +395,20 @@ class Learner:
             )
             # A random cut may leave out every learned image of the class.
             (gradient,) = torch.autograd.grad(loss, learned, allow_unused=True)
-            losses.append(loss.detach())
-            gradients.append(torch.zeros_like(learned) if gradient is None else gradient)
-        return torch.stack(losses), torch.stack(gradients)
+            losses[label] = loss.detach()
+            if gradient is not None:
+                gradients[label] = gradient
+        return distributed.sum_(losses), distributed.sum_(gradients)
+
+    def draw(self, label, rng):
+        """Draw how a class is matched: its real pictures, the cut of its decoded ones (None: all), the augmentation."""
+        options, indices = self.options, self.real.class_indices[label]
+        index = rng.choice(indices, min(options.batch_real, len(indices)), replace=False)
+        images = options.ipc * (self.stage + 1)
+        pieces = formation.plan(images, options.factor, options.decode_type, options.batch_syn_max)
+        decoded = sum((last - first) * factor**2 for first, last, factor in pieces)
+        chosen = rng.permutation(decoded)[: options.batch_syn_max] if decoded > options.batch_syn_max else None
+        return index, chosen, self.run.augment.draw(1, rng)
 
     def block(self, label, images):
         """Return the class's block of the union, slot by slot, and the leaf in it that is learned."""
@@ -401,9 +436,15 @@ class Learner:
 
     def save(self):
         """Write the union and the picture of its newest images."""
-        idc.save_union(self.run.folder, self.stage, self.union())
-        path = self.run.folder / f"interval_{self.stage}_img{self.iteration}.png"
-        report.save_grid(path, self.learned.flatten(0, 1), self.labels())
+        if distributed.is_first():
+            idc.save_union(self.run.folder, self.stage, self.union())
+        self.save_picture(f"img{self.iteration}")
+
+    def save_picture(self, name):
+        """Write the picture of the newest images."""
+        if distributed.is_first():
+            path = self.run.folder / f"interval_{self.stage}_{name}.png"
+            report.save_grid(path, self.learned.flatten(0, 1), self.labels())
 
     def evaluate(self, progress):
         """Train `repeat` networks through the unions in order and note their accuracies after the last."""
@@ -411,24 +452,23 @@ class Learner:
         union = self.union()
         sources = [self.source(union[:, :, : last + 1]) for last in range(self.stage + 1)]
         recipe = progressive.idc_recipe(options, options.epochs)
-        results = []
-        with self.checkpoint.loop("evaluation", self.iteration, lambda: {"results": results}) as saved:
-            results += saved["results"] if saved else []
-            for k in range(len(results), options.repeat):
-                keys = ("evaluation", self.stage, self.iteration, k)
-                network = idc.new_network(options, self.real, *keys)
-                results.append(
-                    progressive.staged_accuracies(
-                        network, sources, lambda _stage: recipe, self.real.test, options.seed, keys, self.checkpoint
-                    )[-1]
-                )
-                if options.save_ckpt:
-                    files.save(self.run.folder / f"interval_{self.stage}_network_{k}.pt", network.state_dict())
+
+        def train(k, checkpoint):
+            keys = ("evaluation", self.stage, self.iteration, k)
+            network = idc.new_network(options, self.real, *keys)
+            accuracies = progressive.staged_accuracies(
+                network, sources, lambda _stage: recipe, self.real.test, options.seed, keys, checkpoint
+            )
+            if options.save_ckpt:
+                files.save(self.run.folder / f"interval_{self.stage}_network_{k}.pt", network.state_dict())
+            return accuracies[-1]
+
+        results = self.checkpoint.spread("evaluation", self.iteration, list(range(options.repeat)), train)
         mean, std = report.mean_std(results)
         self.log.write(stage=self.stage, iteration=self.iteration, accuracy_mean=mean, accuracy_std=std)
-        idc.write_log(self.run.folder)
+        distributed.first(lambda: idc.write_log(self.run.folder))
         progress.say(f"stage {self.stage}, outer iteration {self.iteration}: test accuracy {mean:.2f} ± {std:.2f} %")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    distributed.run(main)

@@ -7,6 +7,9 @@
 Each stage learns ipc pictures of every class while those of the earlier stages stay frozen, then the expert networks
 are trained on the union so far and record the trajectories of the next stage. The same command again continues an
 interrupted run; --start_interval p begins at stage p from what is on disk.
+
+    # all GPUs of a machine: every minibatch is split over them, networks of transitions and evaluations are spread
+    torchrun --standalone --nproc_per_node=gpu distill_mtt.py …
 """
 
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 
 import networks
 import utils.options as o
-from utils import augment, errors, files, matching, progressive, report, results, synset, training
+from utils import augment, distributed, errors, files, matching, progressive, report, results, synset, training
 from utils.reparam import FlatNetwork, set_flat
 from utils.runtime import choose_device, stream
 from utils.trajectories import Experts, find_buffers
@@ -53,6 +56,13 @@ def parse():
         default="auto",
         help="student steps whose graph is kept: "
         "auto (as many as fit half of the free memory) or a number; 0 needs the least memory",
+    )
+    match.add_argument(
+        "--trajectories_per_iteration",
+        type=o.COUNT,
+        default=1,
+        help="experts whose gradients are averaged in one iteration; 1 as published, more is another setting that "
+        "sees as many times the experts",
     )
     match.add_argument("--slice_size", type=o.COUNT, help="pictures of a minibatch held at once (default: all)")
     match.add_argument(
@@ -102,11 +112,11 @@ def main():
         return
     files.need_disk(experiment, run.disk(), "the buffers of the transitions")
     with files.locked(experiment):
-        files.claim(experiment, vars(options), free=o.FREE)
-        results.save_facts(experiment, real)
+        distributed.first(lambda: files.claim(experiment, vars(options), free=o.FREE))
+        distributed.first(lambda: results.save_facts(experiment, real))
         for stage in range(options.start_interval, options.num_intervals + 1):
             run.stage(stage)
-    print(f"{experiment}: done, {options.num_intervals} stages")
+    report.show(f"{experiment}: done, {options.num_intervals} stages")
 
 
 def experiment_folder(options):
@@ -127,6 +137,12 @@ class Run:
         self.student = FlatNetwork(
             training.new_network(options.model, real, options.seed, "student"), options.compile, report.say
         )
+        # Statistics of a batch would be those of a part of it.
+        splits = not any(True for _ in self.student.network.buffers())
+        if not splits and distributed.size() > options.trajectories_per_iteration:
+            report.say(f"note: {options.model} has batch statistics: its minibatches are not split over the ranks")
+        self.team, self.own_trajectories = distributed.form_teams(options.trajectories_per_iteration, splits)
+        self.kept_steps = None
 
     def folder(self, stage):
         return progressive.stage_folder(
@@ -212,13 +228,17 @@ class Run:
                 "best_iteration": best["iteration"],
                 "complete": False,
             }
-            files.write_json(folder / progressive.STAGE, known)
+            self.write_stage(folder, known)
             checkpoint.clear()
         report.say(f"stage {stage}: best {known['best_accuracy']:.2f} % at iteration {known['best_iteration']}")
         if stage < self.options.num_intervals:
             self.make_experts(stage, folder, experts, checkpoint)
             checkpoint.clear()
-        files.write_json(folder / progressive.STAGE, known | {"complete": True})
+        self.write_stage(folder, known | {"complete": True})
+
+    def write_stage(self, folder, known):
+        """Write what is known of a stage; all its files are there for every rank when this returns."""
+        distributed.first(lambda: files.write_json(folder / progressive.STAGE, known))
 
     def learn(self, stage, folder, experts, checkpoint):
         """Match trajectories for `Iteration` iterations; returns {"accuracy", "iteration"} of the best union."""
@@ -232,7 +252,7 @@ class Run:
             torch.optim.SGD([syn_lr], lr=lr_lr, momentum=IMAGE_MOMENTUM),
         ]
         best = {"accuracy": -1.0, "iteration": None}
-        iteration, log, kept = 0, None, None
+        iteration, log, self.kept_steps = 0, None, None
 
         def state():
             return {
@@ -278,30 +298,7 @@ class Run:
                         self.save(folder, iteration, synthetic)
                 if iteration == options.Iteration:
                     break
-                start, target, steps = self.plan(stage, iteration, synthetic, experts)
-                if kept is None:
-                    kept = matching.choose_kept_steps(
-                        options.kept_steps,
-                        self.student,
-                        start,
-                        synthetic.images,
-                        synthetic.labels,
-                        steps,
-                        options.slice_size,
-                        self.device,
-                    )
-                loss, learned.grad, syn_lr.grad = matching.match(
-                    self.student,
-                    start,
-                    target,
-                    syn_lr,
-                    synthetic.images,
-                    synthetic.labels,
-                    steps,
-                    synthetic.first_learned,
-                    kept,
-                    options.slice_size,
-                )
+                loss, learned.grad, syn_lr.grad = self.match(stage, iteration, synthetic, experts)
                 for optimizer in optimizers:
                     optimizer.step()
                 matching.refuse_if_broken(iteration, loss, learned, syn_lr)
@@ -311,15 +308,58 @@ class Run:
             log.close()
         return best
 
-    def plan(self, stage, iteration, synthetic, experts):
-        """Draw one iteration: expert, start epoch, minibatches and their augmentation.
+    def match(self, stage, iteration, synthetic, experts):
+        """Match the trajectories of one iteration, spread over the ranks.
+
+        Returns:
+            (loss 0-dim, gradient of the learned pictures, gradient of syn_lr 0-dim): means over the trajectories.
+        """
+        options, count = self.options, self.options.trajectories_per_iteration
+        total = [torch.zeros_like(value) for value in (synthetic.syn_lr, synthetic.learned, synthetic.syn_lr)]
+        for trajectory in self.own_trajectories:
+            start, target, steps = self.plan(stage, iteration * count + trajectory, synthetic, experts)
+            if self.kept_steps is None:
+                self.kept_steps = matching.choose_kept_steps(
+                    options.kept_steps,
+                    self.student,
+                    start,
+                    synthetic.images,
+                    synthetic.labels,
+                    steps,
+                    options.slice_size,
+                    self.device,
+                    self.team,
+                )
+            loss, *gradients = matching.match(
+                self.student,
+                start,
+                target,
+                synthetic.syn_lr,
+                synthetic.images,
+                synthetic.labels,
+                steps,
+                synthetic.first_learned,
+                self.kept_steps,
+                options.slice_size,
+                self.team,
+            )
+            # Every rank of a team has the whole loss.
+            found = [loss / self.team.count, *gradients]
+            total = [whole.add_(part) for whole, part in zip(total, found, strict=True)]
+        return [distributed.sum_(value).div_(count) for value in total]
+
+    def plan(self, stage, number, synthetic, experts):
+        """Draw one trajectory to match: expert, start epoch, minibatches and their augmentation.
+
+        Args:
+            number: of the trajectory in this stage, from 0; that of the iteration where each has one.
 
         Returns:
             (start parameters, target parameters, list of `matching.Step`).
         """
         options = self.options
-        rng = stream(options.seed, "matching", stage, iteration)
-        turn, position = divmod(iteration, len(experts))
+        rng = stream(options.seed, "matching", stage, number)
+        turn, position = divmod(number, len(experts))
         expert = experts.order(stream(options.seed, "experts", stage, turn))[position]
         epoch = options.start_sampling_epoch + int(rng.integers(options.max_start_epoch))
         start = experts.parameters(expert, epoch).to(self.device)
@@ -380,7 +420,8 @@ class Run:
             options.batch_train,
             self.dsa,
         )
-        progress = report.Progress(len(experts), f"stage {stage}, transition, expert")
+        shared = len(distributed.share(range(len(experts))))
+        progress = report.Progress(shared, f"stage {stage}, transition, expert")
         progressive.transition(
             self.network_at,
             experts,
@@ -399,6 +440,8 @@ class Run:
 
     def save(self, folder, tag, synthetic):
         """Write the union's tensors and its picture."""
+        if not distributed.is_first():
+            return
         synset.save_set(folder, tag, synthetic)
         pixels = self.pixels(synthetic.images)
         if self.options.zca and tag != "best":
@@ -412,4 +455,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    distributed.run(main)

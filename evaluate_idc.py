@@ -10,7 +10,7 @@ from pathlib import Path
 
 import networks
 import utils.options as o
-from utils import errors, files, formation, idc, idc_options, progressive, report, training
+from utils import distributed, files, formation, idc, idc_options, progressive, report, training
 from utils.evaluation import Contender, Evaluation, evaluate_and_report
 from utils.runtime import choose_device, versions
 
@@ -149,4 +149,4 @@ def contender(options, real, unions, name):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    distributed.run(main)

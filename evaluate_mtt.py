@@ -13,7 +13,7 @@ from pathlib import Path
 
 import networks
 import utils.options as o
-from utils import augment, errors, files, progressive, report, synset, training
+from utils import augment, distributed, files, progressive, report, synset, training
 from utils.errors import UserError
 from utils.evaluation import Contender, Evaluation, evaluate_and_report
 from utils.reparam import FlatNetwork, set_flat
@@ -167,4 +167,4 @@ class Contenders:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    distributed.run(main)

@@ -335,7 +335,6 @@ def test_damaged_unions_are_named(damage, words, distilled, tmp_path, capsys, mo
         ("-d digits --ipc 1 --num-intervals 2 --start-interval 2", "expected less than --num-intervals 2"),
         ("-d digits --ipc 1 --start-interval 1", "found no file"),
         ("-d digits --ipc 1 --pt_from 3", "expected a pretrained network"),
-        ("-d digits --ipc 1 --phase 1", "classes are not split"),
         ("-d digits --ipc 1 --metric l3", "invalid choice"),
         ("-d imagenet --ipc 1 --nclass 30", "expected 10 or 100"),
         ("-d cifar10 --ipc 1 --data_dir /nowhere/x", "CIFAR10 is not in"),

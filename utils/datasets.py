@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import files, imagenet, originals, zca
+from utils import distributed, files, imagenet, originals, zca
 from utils.errors import UserError
 from utils.pictures import CACHE, Form, from_folders, note_no_cache
 
@@ -142,10 +142,10 @@ def load(name, data_path, device, whiten=False, statistics=None, subset=None, re
     Raises:
         UserError: the data are missing or damaged.
     """
-    pictures = read(name, data_path, subset, res)
-    if not whiten:
-        return RealData(name, pictures, device, statistics=statistics)
-    return RealData(name, pictures, device, _whitening(pictures.train_images, data_path, device))
+    with distributed.leaders_first():
+        pictures = read(name, data_path, subset, res)
+        whitening = _whitening(pictures.train_images, data_path, device) if whiten else None
+    return RealData(name, pictures, device, whitening, None if whiten else statistics)
 
 
 def _whitening(images, data_path, device):

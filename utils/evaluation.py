@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from utils import progressive, report, training
+from utils import distributed, progressive, report, training
 from utils.errors import UserError
 
 
@@ -88,7 +88,7 @@ class Evaluation:
     def distilled(self, contender):
         """Return the rows of the distilled unions."""
 
-        def train(k):
+        def train(k, checkpoint):
             network = contender.network(k)
             accuracies = progressive.staged_accuracies(
                 network,
@@ -97,7 +97,7 @@ class Evaluation:
                 self.real.test,
                 self.seed,
                 ("distilled", contender.name, k),
-                self.checkpoint,
+                checkpoint,
             )
             contender.keep(k, network)
             return accuracies
@@ -108,7 +108,7 @@ class Evaluation:
     def random(self, contender):
         """Return the row of random real pictures: as many, in as many stages, trained in the same way."""
 
-        def train(k):
+        def train(k, checkpoint):
             sources = progressive.random_unions(self.real, self.ipc_totals, self.seed, (k,))
             return progressive.staged_accuracies(
                 contender.network(k),
@@ -117,7 +117,7 @@ class Evaluation:
                 self.real.test,
                 self.seed,
                 ("random", contender.name, k),
-                self.checkpoint,
+                checkpoint,
             )
 
         return report.summary([run[-1] for run in self.repeat("random", contender, self.random_networks, train)])
@@ -125,7 +125,7 @@ class Evaluation:
     def full(self, contender):
         """Return the row of the full training set."""
 
-        def train(k):
+        def train(k, checkpoint):
             network = contender.network(k)
             progress = report.Progress(contender.full_recipe.epochs, f"{contender.name}, full training set, epoch")
             training.train(
@@ -135,7 +135,7 @@ class Evaluation:
                 self.seed,
                 ("full", contender.name, k),
                 each_epoch=lambda _epoch, loss: progress.update(loss=loss),
-                checkpoint=self.checkpoint,
+                checkpoint=checkpoint,
             )
             progress.close()
             return [training.accuracy(network, self.real.test)]
@@ -143,14 +143,15 @@ class Evaluation:
         return report.summary([run[-1] for run in self.repeat("full", contender, self.full_networks, train)])
 
     def repeat(self, kind, contender, count, train):
-        """Return [train(0), …, train(count - 1)], each done once over all interruptions."""
-        runs = []
-        progress = report.Progress(count, f"{contender.name}, {kind}, network")
-        with self.checkpoint.loop(kind, contender.name, lambda: {"runs": runs}) as saved:
-            runs += saved["runs"] if saved else []
-            for k in range(len(runs), count):
-                runs.append(train(k))
-                progress.update(accuracy=runs[-1][-1])
+        """Return [train(0, …), …, train(count - 1, …)], each done once over all ranks and interruptions."""
+        progress = report.Progress(len(distributed.share(range(count))), f"{contender.name}, {kind}, network")
+
+        def one(k, checkpoint):
+            run = train(k, checkpoint)
+            progress.update(accuracy=run[-1])
+            return run
+
+        runs = self.checkpoint.spread(kind, contender.name, list(range(count)), one)
         progress.close()
         return runs
 
@@ -175,6 +176,6 @@ def evaluate_and_report(folder, dataset, evaluation, contenders, options, versio
         "models": models,
         "config": {**options, "versions": versions},
     }
-    picture = report.write_report(folder, result)
-    print(report.table(result))
-    print(f"report: {folder / 'report.json'}\npicture: {picture}")
+    if distributed.is_first():
+        picture = report.write_report(folder, result)
+        report.show(f"{report.table(result)}\nreport: {folder / 'report.json'}\npicture: {picture}")

@@ -8,15 +8,19 @@ import os
 import pickle
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
 
+from utils import distributed
 from utils.errors import Interrupted, UserError, one_line
 from utils.runtime import Signals, versions
 
 CONFIG = "config.json"
 LOCK = ".lock"
+# Seconds to wait for a lock where another process may be about to let go: torchrun's last try, or a merging shard.
+LOCK_PATIENCE = 40.0
 
 
 @contextlib.contextmanager
@@ -120,24 +124,46 @@ def read_json(path, what="a JSON file"):
 
 
 @contextlib.contextmanager
-def locked(folder, name=LOCK):
-    """Hold `folder` for this process; the operating system lets go when the process ends, however it ends.
+def locked(folder, name=LOCK, shared=False, patience=None):
+    """Hold `folder` for this process and the others of its torchrun; the operating system lets go when rank 0 ends.
+
+    Args:
+        folder: made where it is missing.
+        name: of the lock's file.
+        shared: others that hold it shared, too, may work there at the same time.
+        patience: seconds to wait for it; None waits where others are about to let go.
 
     Raises:
         UserError: another process holds it.
     """
-    folder = Path(folder)
+    if patience is None:
+        patience = LOCK_PATIENCE if shared or distributed.size() > 1 else 0
+    with contextlib.ExitStack() as stack:
+        distributed.first(lambda: stack.enter_context(_locked_here(Path(folder), name, shared, patience)))
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def _locked_here(folder, name, shared, patience):
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{folder}: another process is writing there; wait for it, or choose another folder"
-            ) from None
-        for leftover in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink(missing_ok=True)
-        yield folder
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    until = time.monotonic() + patience
+    with open(folder / name, "a+") as file:
+        while True:
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() < until:
+                    time.sleep(0.2)
+                    continue
+                raise UserError(
+                    f"{folder}: another process is writing there; wait for it, or choose another folder"
+                ) from None
+        if name == LOCK and not shared:
+            for leftover in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
+                leftover.unlink(missing_ok=True)
+        yield
 
 
 def claim(folder, options, free=(), name=CONFIG):
@@ -204,20 +230,29 @@ class Checkpoint:
     moment at which `tick` is called inside it. Leaving the loop normally closes its slot. States are what
     `files.save` can write and `files.load` can read.
 
+    Of several ranks all make the same turns, rank 0 saves, and a signal to any of them stops all at the same tick. In
+    `spread` they work apart, and each saves what it works on in a file of its own: a part.
+
     Args:
         path: of the checkpoint file, None to keep nothing (the loops still work).
         minutes: between two saves.
+        whole: the checkpoint that this is a part of; None for that of all ranks.
     """
 
-    def __init__(self, path=None, minutes=10.0):
+    def __init__(self, path=None, minutes=10.0, whole=None):
         self.path = Path(path) if path else None
         self.seconds = minutes * 60
         self.last = time.monotonic()
         self.slots = {}
-        self.signals = Signals() if path else None
+        self.whole = whole
+        self.signals = whole.signals if whole else Signals() if path else None
         self.saved = {}
         if self.path and self.path.exists():
             self.saved = load(self.path, "the checkpoint of an interrupted run")
+        elif whole:
+            self.saved = dict(whole.saved)  # one process, which needs no parts, may have been on this work
+        if self.path and not whole:
+            distributed.wait()  # until all have read it, nobody writes it
 
     @contextlib.contextmanager
     def loop(self, name, key, state):
@@ -250,19 +285,99 @@ class Checkpoint:
         if self.path is None:
             return
         stop = self.signals.received
+        if not self.whole:
+            stop = distributed.largest(stop or 0) or None
         if stop is None and time.monotonic() - self.last < self.seconds:
             return
-        # Slots of an interrupted run that no loop has reached yet belong to the same turn: keep them.
-        save(self.path, self.saved | {name: state() for name, state in self.slots.items()})
-        self.last = time.monotonic()
+        self.save()
         if stop is not None:
-            raise Interrupted(stop, self.path)
+            if not self.whole:
+                distributed.wait()  # torchrun ends the others when the first one does
+            raise Interrupted(stop, (self.whole or self).path)
+
+    def save(self):
+        """Save now; one for all ranks, unless this is a part."""
+        self.last = time.monotonic()
+        if self.path and (self.whole or distributed.is_first()):
+            # Slots of an interrupted run that no loop has reached yet belong to the same turn: keep them.
+            save(self.path, self.saved | {name: state() for name, state in self.slots.items()})
 
     def clear(self):
-        """Remove the file: its work is complete and stands in the results."""
-        if self.path:
+        """Remove the file and its parts: their work is complete and stands in the results."""
+        if self.path and distributed.is_first():
             self.path.unlink(missing_ok=True)
+            self._remove_parts()
         self.saved = {}
+
+    def spread(self, name, key, tasks, work):
+        """Do every one of `tasks` once, over all ranks and interruptions.
+
+        Args:
+            name: of the slot, for file names too.
+            key: which piece of work it is, as for `loop`.
+            tasks: list of numbers, strings or tuples of them.
+            work: function of (task, `Checkpoint` for the loops inside) returning what `files.save` can write, on the
+                CPU; None from work that leaves its results elsewhere and is not to be remembered.
+
+        Returns:
+            List of the results, in the order of `tasks`.
+        """
+        results = {}
+
+        def state():
+            return {"results": {task: result for task, result in results.items() if result is not None}}
+
+        with self.loop(name, key, state) as saved:
+            results |= saved["results"] if saved else {}
+            places = {task: self._part_path(name, key, task) for task in tasks}
+            results |= distributed.first(lambda: self._begin_parts(places))
+            mine = distributed.share([task for task in tasks if task not in results])
+            for task in mine:
+                part = self._part(places[task])
+                results[task] = work(task, part)
+                if part is not self:
+                    part.finish(results[task])
+            for found in distributed.gather({task: results[task] for task in mine}):
+                results |= found
+        return [results[task] for task in tasks]
+
+    def _part_path(self, name, key, task):
+        if not self.path:
+            return None
+        return self.path.with_name(f"{self.path.stem}.{name}-{zlib.crc32(repr((key, task)).encode()):08x}.part")
+
+    def _begin_parts(self, places):
+        """Make a place for the parts of a `spread`; returns the results of those that an earlier run has finished."""
+        if not self.path:
+            return {}
+        if distributed.size() > 1:
+            self.save()  # the loops around stand still until the tasks are done
+            self._remove_parts(set(places.values()))
+        found = {}
+        for task, path in places.items():
+            if path.exists():
+                part = load(path, "a part of the checkpoint of an interrupted run")
+                if "result" in part:
+                    found[task] = part["result"]
+        return found
+
+    def _remove_parts(self, but=frozenset()):
+        for path in self.path.parent.glob(f"{self.path.stem}.*.part"):
+            if path not in but:
+                path.unlink(missing_ok=True)
+
+    def _part(self, path):
+        """Return the checkpoint for one task; on its own and with nothing on disk, a process needs no part."""
+        if not self.path or (distributed.size() == 1 and not path.exists()):
+            return self
+        return Checkpoint(path, self.seconds / 60, whole=self)
+
+    def finish(self, result):
+        """Put the result of a part in the place of its state."""
+        if result is None:
+            self.path.unlink(missing_ok=True)
+        else:
+            save(self.path, {"result": result})
 
 
 class Metrics:

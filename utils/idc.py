@@ -24,6 +24,8 @@ FREE = (
     "name",
     "transition_batch",
     "pretrain",
+    "phase",
+    "nclass_sub",
 )
 
 
@@ -70,6 +72,11 @@ def new_network(options, real, *keys):
     with seeded(options.seed, "network", *keys):
         network = build_network(options, real)
     return network.to(real.train.images.device)
+
+
+def floats_of(network):
+    """Return the parameters of `network` and what else its forward pass computes with, as a list of tensors."""
+    return [*network.parameters(), *(buffer for buffer in network.buffers() if buffer.is_floating_point())]
 
 
 def pretrained_path(options, number):

@@ -145,8 +145,10 @@ def add(parser, start_interval):
         default=10,
         help="outer iterations between two rows of the log",
     )
-    output("--phase", type=o.number(int, low=-1), default=-1, help="accepted as -1 only: classes are not split")
-    output("--nclass_sub", type=o.number(int, low=-1), default=-1, help="accepted as -1 only: classes are not split")
+    # Published: each of several commands learned nclass_sub classes, with networks that knew no others.
+    split = "accepted for old commands; not used: torchrun spreads the classes of one command over processes"
+    output("--phase", type=o.number(int, low=-1), default=-1, help=split)
+    output("--nclass_sub", type=o.number(int, low=-1), default=-1, help=split)
     output("--test", action="store_true", help="evaluate the initial images, too")
     output("--time", action="store_true", help="print the seconds of each outer iteration")
     o.add_wandb(parser.add_argument_group("machine"))
@@ -197,8 +199,6 @@ def resolve(given, defaults, parser):
     dataset = options.dataset
     if options.ipc < 1:
         parser.error("--ipc: expected the number of images that every stage learns, found none")
-    if options.phase >= 0 or options.nclass_sub >= 0:
-        parser.error("--phase and --nclass_sub: classes are not split over runs; leave them out")
     options.data, pixels, base = DATASETS[dataset]
     if dataset not in SIZED:
         options.size = pixels

@@ -9,6 +9,9 @@ the loss is L = ‖θ_N − θ*‖² / ‖θ_0 − θ*‖². Its derivatives fol
 for which one step's graph at a time is enough: memory does not grow with N but for the N vectors θ_i. Steps whose
 graph is kept from the way forward are not computed again. The result is the gradient of plain unrolling, not an
 approximation of it.
+
+g, H_i λ and the derivatives with respect to the inputs are sums over the minibatch. So several ranks can share a
+student: each holds the graphs of its part of every minibatch, and the parts of g and H_i λ are summed over the ranks.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from networks import explicit
+from utils.distributed import ALONE, local_size
 from utils.errors import UserError
 from utils.reparam import flatten
 
@@ -59,7 +63,19 @@ def plan_batches(total, batch, steps, rng):
     return chunks[:steps]
 
 
-def match(student, start, target, syn_lr, images, labels, steps, first_learned=0, kept_steps=0, slice_size=None):
+def match(
+    student,
+    start,
+    target,
+    syn_lr,
+    images,
+    labels,
+    steps,
+    first_learned=0,
+    kept_steps=0,
+    slice_size=None,
+    team=ALONE,
+):
     """One matching iteration: the loss and its exact gradients.
 
     Args:
@@ -75,20 +91,24 @@ def match(student, start, target, syn_lr, images, labels, steps, first_learned=0
             the speed and memory of plain unrolling).
         slice_size: pictures of a minibatch whose graph is held at once; None for all. Exact for every network
             without batch statistics.
+        team: `Team` of ranks that share this iteration, all with the same arguments but kept_steps; exact for the
+            same networks.
 
     Returns:
-        (loss 0-dim, gradient of images[first_learned:], gradient of syn_lr 0-dim), all detached.
+        (loss 0-dim, gradient of images[first_learned:], gradient of syn_lr 0-dim), all detached. In a team the loss
+        is the whole one, and each rank has its own part of the gradients: their sum over the team is the gradient.
     """
     first_kept = len(steps) - kept_steps
     thetas, kept = [], {}
     theta = start
     for number, step in enumerate(steps):
-        graphs = _gradient_graphs(student, theta, images, labels, step, slice_size, keep=number >= first_kept)
-        if number >= first_kept:
+        keep = number >= first_kept
+        graphs = _gradient_graphs(student, theta, images, labels, step, slice_size, keep, team)
+        if keep:
             graphs = kept[number] = list(graphs)
         else:
             thetas.append(theta)
-        gradient = sum(part.gradient.detach() for part in graphs)
+        gradient = team.sum_(_sum((part.gradient.detach() for part in graphs), theta))
         theta = theta - syn_lr * gradient
 
     scale = 1 / (start - target).square().sum()
@@ -100,7 +120,7 @@ def match(student, start, target, syn_lr, images, labels, steps, first_learned=0
         step = steps[number]
         graphs = kept.pop(number, None)
         if graphs is None:
-            graphs = _gradient_graphs(student, thetas.pop(), images, labels, step, slice_size, keep=True)
+            graphs = _gradient_graphs(student, thetas.pop(), images, labels, step, slice_size, True, team)
         products, input_gradients = [], []
         for part in graphs:
             lr_gradient -= part.gradient.detach() @ adjoint
@@ -108,12 +128,19 @@ def match(student, start, target, syn_lr, images, labels, steps, first_learned=0
             product, input_gradient = part.product(adjoint, of_theta=number > 0)
             products.append(product)
             input_gradients.append(input_gradient)
-        pulled = _pull_back(images, step, torch.cat(input_gradients))
-        images_gradient.index_add_(0, step.index, -syn_lr * pulled)
+        if input_gradients:
+            pulled = _pull_back(images, step, torch.cat(input_gradients), team)
+            images_gradient.index_add_(0, step.index, -syn_lr * pulled)
         if number:
-            adjoint = adjoint - syn_lr * sum(products)
+            adjoint = adjoint - syn_lr * team.sum_(_sum(products, adjoint))
     # Frozen pictures take part in the sums as well: telling them apart would wait for the device in every step.
     return loss, images_gradient[first_learned:], lr_gradient
+
+
+def _sum(tensors, like):
+    """Return the sum of `tensors`, zeros where a rank has none."""
+    total = sum(tensors)
+    return total if isinstance(total, torch.Tensor) else torch.zeros_like(like)
 
 
 class _Graph:
@@ -149,29 +176,34 @@ class _Explicit:
         return flatten(products) if of_theta else None, inputs
 
 
-def _gradient_graphs(student, theta, images, labels, step, slice_size, keep):
-    """Yield the slices of g(θ, x) of one step, with what their products need where `keep`."""
+def _gradient_graphs(student, theta, images, labels, step, slice_size, keep, team):
+    """Yield the slices of this rank's part of g(θ, x) of one step, with what their products need where `keep`."""
     with torch.no_grad():
         inputs = step.augment(images[step.index])
     targets = step.labels(labels, len(inputs))
+    first, last = team.part(len(inputs))
     size = slice_size or len(inputs)
     kind = _Explicit if explicit.applies(student.network, inputs, student.compiled) else _Graph
-    for begin in range(0, len(inputs), size):
-        part = slice(begin, begin + size)
+    for begin in range(first, last, size):
+        part = slice(begin, min(begin + size, last))
         yield kind(student, theta, inputs[part], targets[part], len(inputs), keep)
 
 
-def _pull_back(images, step, gradient):
-    """Return the gradient of the chosen pictures from that of the augmented ones."""
+def _pull_back(images, step, gradient, team):
+    """Return the gradient of the chosen pictures from that of this rank's part of the augmented ones."""
     chosen = images[step.index].detach().requires_grad_()
     with torch.enable_grad():
         augmented = step.augment(chosen)
+    if len(gradient) < len(augmented):
+        first, last = team.part(len(augmented))
+        own, gradient = gradient, torch.zeros_like(augmented)
+        gradient[first:last] = own
     if augmented is chosen:
         return gradient
     return torch.autograd.grad(augmented, chosen, gradient)[0]
 
 
-def choose_kept_steps(wanted, student, start, images, labels, steps, slice_size, device):
+def choose_kept_steps(wanted, student, start, images, labels, steps, slice_size, device, team=ALONE):
     """Turn the option --kept_steps into a number: `auto` keeps as many graphs as fit half of the free memory.
 
     The graph of one step is measured, not estimated: the bytes of all tensors that it saves for the way back.
@@ -182,15 +214,15 @@ def choose_kept_steps(wanted, student, start, images, labels, steps, slice_size,
     if wanted != "auto":
         return min(int(wanted), len(steps))
     largest = max(steps, key=lambda step: len(step.index))
-    size = graph_bytes(student, start, images, labels, largest, slice_size)
+    size = graph_bytes(student, start, images, labels, largest, slice_size, team)
     # The way back through a graph needs about as much again while it runs.
     fits = int(free_memory(device) / 2 / max(size, 1)) - 1
     return max(0, min(fits, len(steps)))
 
 
-def graph_bytes(student, theta, images, labels, step, slice_size=None):
+def graph_bytes(student, theta, images, labels, step, slice_size=None, team=ALONE):
     """Return the bytes that one student step keeps; arguments as for `match`, also on the device meta."""
-    return saved_bytes(lambda: list(_gradient_graphs(student, theta, images, labels, step, slice_size, keep=True)))
+    return saved_bytes(lambda: list(_gradient_graphs(student, theta, images, labels, step, slice_size, True, team)))
 
 
 def saved_bytes(make):
@@ -217,7 +249,7 @@ def saved_bytes(make):
 
 
 def free_memory(device):
-    """Return the bytes that can still be allocated on `device`."""
+    """Return the bytes that this process can still allocate on `device`; ranks of one machine share its memory."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -225,7 +257,7 @@ def free_memory(device):
         with open("/proc/meminfo") as file:
             for line in file:
                 if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+                    return int(line.split()[1]) * 1024 // local_size()
     except OSError:
         pass
     return 4 * 2**30  # no way to ask: assume what any current machine has

@@ -6,10 +6,9 @@ scripts; nothing else in utils/ reads them.
 
 import argparse
 import math
-import sys
 
 import networks
-from utils import datasets
+from utils import datasets, distributed
 from utils.errors import UserError
 
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
@@ -39,8 +38,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, epilog=epilog, formatter_class=_Formatter)
 
     def error(self, message):
-        print(f"error: {' '.join(message.split())}; see {self.prog} --help", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def _print_message(self, message, file=None):
+        if distributed.is_first():
+            super()._print_message(message, file)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

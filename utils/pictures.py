@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from utils import files
+from utils import distributed, files
 from utils.errors import UserError, one_line
 
 CACHE = ".pdd_cache"
@@ -43,7 +43,8 @@ class Pictures:
 
 def note_no_cache(path, error):
     """Tell that nothing could be kept at `path`."""
-    print(f"note: nothing cached at {path} ({error.strerror}); the next start takes as long", file=sys.stderr)
+    if distributed.is_first():
+        print(f"note: nothing cached at {path} ({error.strerror}); the next start takes as long", file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)

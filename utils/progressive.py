@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import files, training
+from utils import distributed, files, training
 from utils.augment import DSA, without
 from utils.datasets import Source
 from utils.errors import UserError
@@ -136,11 +136,18 @@ def accuracies(make_network, count, synthetic, recipe, test, seed, keys, checkpo
     Returns:
         List of `count` accuracies in percent.
     """
-    members = [make_network(k) for k in range(count)]
-    training.train_together(
-        members, synthetic_source(synthetic), recipe, seed, [(*keys, k) for k in range(count)], checkpoint=checkpoint
-    )
-    return [training.accuracy(member, test) for member in members]
+    source = synthetic_source(synthetic)
+
+    def train(numbers, checkpoint):
+        members = [make_network(k) for k in numbers]
+        training.train_together(members, source, recipe, seed, [(*keys, k) for k in numbers], checkpoint=checkpoint)
+        return [training.accuracy(member, test) for member in members]
+
+    hands = distributed.deal(range(count))
+    found = checkpoint.spread("networks", keys, hands, train)
+    numbers = [k for hand in hands for k in hand]
+    by_number = dict(zip(numbers, [value for values in found for value in values], strict=True))
+    return [by_number[k] for k in range(count)]
 
 
 def transition(
@@ -162,12 +169,13 @@ def transition(
         report: called with (number of the expert, experts in all) after each.
     """
     recorder = Recorder(folder, len(experts), group)
-    recorder.merge()
+    distributed.first(recorder.merge)
     source = synthetic_source(synthetic)
-    for k in recorder.missing():
+
+    def record(k, checkpoint):
         on_union = True
         # Inside either training its own slot holds the network; this one tells which of the two it was.
-        with checkpoint.loop("transition", (stage, k), lambda: {"on_union": on_union}) as saved:  # noqa: B023
+        with checkpoint.loop("transition", (stage, k), lambda: {"on_union": on_union}) as saved:
             network = make_network(experts.parameters(k, 0))
             if saved is None or saved["on_union"]:
                 training.train(network, source, recipe, seed, ("transition", stage, k), checkpoint=checkpoint)
@@ -175,8 +183,11 @@ def transition(
             trajectory = training.record_trajectory(
                 network, real.train, real_recipe, seed, ("trajectory", stage, k), checkpoint=checkpoint
             )
-        recorder.add(k, trajectory)
+        recorder.add(k, trajectory, alone=distributed.size() == 1)
         report(k, len(experts))
+
+    checkpoint.spread("transitions", stage, distributed.first(recorder.missing), record)
+    distributed.first(recorder.merge)
 
 
 def staged_accuracies(network, stages, recipe_of, test, seed, keys, checkpoint):

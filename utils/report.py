@@ -8,11 +8,11 @@ import torch
 from tqdm import tqdm
 
 import utils.options as o
-from utils import errors, files
+from utils import distributed, errors, files
 
 
 class Progress:
-    """A progress bar on a terminal; plain one-line logs every few seconds elsewhere. Both go to stderr.
+    """A progress bar on a terminal; plain one-line logs every few seconds elsewhere. Both go to stderr, of rank 0.
 
     Args:
         total: turns in all.
@@ -25,7 +25,7 @@ class Progress:
         self.total, self.label, self.done, self.every = total, label, start, every
         self.first, self.begun = start, time.monotonic()
         self.printed = self.begun
-        terminal = sys.stderr.isatty()
+        terminal = sys.stderr.isatty() and distributed.is_first()
         self.bar = tqdm(total=total, initial=start, desc=label, dynamic_ncols=True) if terminal else None
 
     def update(self, turns=1, **shown):
@@ -39,6 +39,8 @@ class Progress:
                 self.bar.set_postfix({key: _short(value) for key, value in shown.items()})
         elif time.monotonic() - self.printed > self.every or self.done == self.total:
             self.printed = time.monotonic()
+            if not distributed.is_first():
+                return
             values = "".join(f"  {key} {_short(value)}" for key, value in shown.items())
             pace = (self.printed - self.begun) / max(self.done - self.first, 1)
             left = _duration(pace * (self.total - self.done))
@@ -49,7 +51,7 @@ class Progress:
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def close(self):
         if self.bar is not None:
@@ -57,8 +59,15 @@ class Progress:
 
 
 def say(text):
-    """Print one line of the log to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Print one line of the log to stderr, on rank 0."""
+    if distributed.is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def show(text):
+    """Print a result to stdout, on rank 0."""
+    if distributed.is_first():
+        print(text, flush=True)
 
 
 def _short(value):
@@ -81,13 +90,9 @@ def dry_run(options, inputs, output, steps, disk):
         steps: what it counts, in words or as a number of optimiser steps.
         disk: bytes it writes.
     """
-    for name, value in vars(options).items():
-        print(f"option  {name} = {value}")
-    for what, path in inputs.items():
-        print(f"input   {what}: {path}")
-    print(f"output  {output}")
-    print(f"steps   {steps}")
-    print(f"disk    {disk / 1e9:.2f} GB")
+    lines = [f"option  {name} = {value}" for name, value in vars(options).items()]
+    lines += [f"input   {what}: {path}" for what, path in inputs.items()]
+    show("\n".join([*lines, f"output  {output}", f"steps   {steps}", f"disk    {disk / 1e9:.2f} GB"]))
 
 
 def mean_std(values):
@@ -218,6 +223,8 @@ def save_grid(path, pixels, labels, upscale_to=64):
 class Log:
     """Measurements of a run: JSON lines beside the results, and Weights & Biases where it was asked for.
 
+    Rank 0 alone writes them.
+
     Args:
         path: of the JSON lines.
         rows: rows of an interrupted run to keep.
@@ -227,8 +234,10 @@ class Log:
     """
 
     def __init__(self, path, rows=0, wandb="disabled", config=None, run_id=None):
-        self.metrics = files.Metrics(path, rows)
+        self.metrics = files.Metrics(path, rows) if distributed.is_first() else None
         self.run = None
+        if not self.metrics:
+            return
         if wandb != "disabled":
             import wandb as library
 
@@ -243,7 +252,7 @@ class Log:
 
     @property
     def rows(self):
-        return self.metrics.rows
+        return self.metrics.rows if self.metrics else 0
 
     @property
     def run_id(self):
@@ -251,12 +260,14 @@ class Log:
 
     def write(self, **row):
         """Append one row of numbers."""
-        self.metrics.write(**row)
+        if self.metrics:
+            self.metrics.write(**row)
         if self.run:
             self.run.log(row)
 
     def close(self):
-        self.metrics.close()
+        if self.metrics:
+            self.metrics.close()
         if self.run:
             self.run.finish()
 

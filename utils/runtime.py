@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils import distributed
 from utils.errors import UserError
 
 
 def choose_device(name):
     """Return the torch.device called `name`; `auto` takes cuda, then mps, then cpu.
+
+    Under torchrun `cuda` is a GPU for each rank of a machine.
 
     Raises:
         UserError: the device is not there.
@@ -23,6 +26,11 @@ def choose_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and distributed.size() > 1:
+            if device.index is not None:
+                raise UserError(f"--device {name}: expected cuda under torchrun, which gives every rank its own GPU")
+            device = torch.device("cuda", distributed.local_rank())
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); use auto or cpu") from None
@@ -91,7 +99,8 @@ class _Seeded:
 class Signals:
     """Remembers SIGTERM and SIGINT, so that a loop can finish its step and save before it stops.
 
-    A second signal of the same kind ends the process at once.
+    A second signal of the same kind ends the process at once; not so under torchrun, which passes on what a cluster
+    has already sent to every process.
     """
 
     received = None
@@ -102,7 +111,8 @@ class Signals:
 
     def _remember(self, number, _frame):
         self.received = number
-        signal.signal(number, signal.SIG_DFL)
+        if distributed.size() == 1:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def versions():

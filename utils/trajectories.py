@@ -170,7 +170,8 @@ class Experts:
 class Recorder:
     """Writes the experts of one folder: each expert at once to a part, a full group of parts to its replay buffer.
 
-    Any order of experts and any interruption give the same files.
+    Any order of experts, any number of processes and any interruption give the same files. Of several processes one
+    merges, when the others have stored theirs.
 
     Args:
         folder: of the replay buffers.
@@ -195,10 +196,11 @@ class Recorder:
     def _part(self, expert):
         return self.folder / PARTIAL / f"expert_{expert:05d}.pt"
 
-    def add(self, expert, trajectory):
-        """Store one expert; merges its group when that is complete."""
+    def add(self, expert, trajectory, alone=True):
+        """Store one expert; a process that records `alone` merges its group when that is complete."""
         files.save(self._part(expert), trajectory)
-        self.merge()
+        if alone:
+            self.merge()
 
     def merge(self):
         """Turn every complete group of parts into its replay buffer; removes the parts when all is done."""
