@@ -49,16 +49,15 @@ def run(main):
         except RuntimeError:
             return True
 
+    status = 0
     try:
         run_alone(main, speaks)
     except SystemExit as end:
-        if not end.code:
-            raise
-        # Taking a group apart whose other ranks are gone can wait for them.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(end.code)
-    dist.destroy_process_group()
+        status = end.code or 0
+    # Taking the group apart would wait for ranks that are gone, and can abort where another one is quicker.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _meet(store, number, count):
