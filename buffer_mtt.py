@@ -11,9 +11,7 @@ import utils.options as o
 from utils import datasets, errors, files, report, training
 from utils.augment import DSA
 from utils.runtime import choose_device, stream
-from utils.trajectories import Recorder, buffer_files, buffer_folder, load_buffer
-
-ABOUT = "buffer.json"
+from utils.trajectories import BUFFER, Recorder, buffer_files, buffer_folder, load_buffer
 
 
 def parse():
@@ -34,6 +32,12 @@ def parse():
     expert.add_argument("--save_interval", type=o.COUNT, default=10, help="trajectories in a file")
     expert.add_argument("--use-random-pruning", action="store_true", help="prune every convolution at its start")
     expert.add_argument("--sparse-ratio", type=o.FRACTION, default=0.0, help="share of its weights to prune")
+    expert.add_argument(
+        "--val_fraction",
+        type=o.FRACTION,
+        default=0.0,
+        help="share of the training pictures that no expert sees, for distill_mtt.py --select_on val",
+    )
     o.add_machine(parser)
     return parser.parse_args()
 
@@ -42,7 +46,7 @@ def main():
     options = parse()
     device = choose_device(options.device)
     folder = buffer_folder(options.buffer_path, options.dataset, options.model, options.zca)
-    real = datasets.load(options.dataset, options.data_path, device, options.zca)
+    real = datasets.load(options.dataset, options.data_path, device, options.zca).held_out(options.val_fraction)
     o.check_network(options.model, real)
     parameters = sum(p.numel() for p in training.new_network(options.model, real, options.seed).parameters())
     size = parameters * 4 * (options.train_epochs + 1) * options.num_experts
@@ -51,7 +55,7 @@ def main():
         return
 
     with files.locked(folder):
-        if buffer_files(folder) and not (folder / ABOUT).exists():
+        if buffer_files(folder) and not (folder / BUFFER).exists():
             found = sum(len(load_buffer(path)) for path in buffer_files(folder))
             if found < options.num_experts:
                 raise errors.UserError(
@@ -60,26 +64,27 @@ def main():
                 )
             print(f"{folder}: done, {found} experts are there already")
             return
-        files.claim(folder, vars(options), free=(*o.FREE, "num_experts"), name=ABOUT)
+        files.claim(folder, vars(options), (*o.FREE, "num_experts"), BUFFER, {"val_fraction": 0.0})
         recorder = Recorder(folder, options.num_experts, options.save_interval)
         recorder.merge()
         missing = recorder.missing()
+        saved = folder / "checkpoint.pt"
         if not missing:
+            saved.unlink(missing_ok=True)  # of a run that ended before it could
             print(f"{folder}: done, {options.num_experts} experts are there already")
             return
         files.need_disk(folder, size * len(missing) // options.num_experts, f"{len(missing)} experts")
-        record(options, real, recorder, missing)
+        record(options, real, recorder, missing, files.Checkpoint(saved, options.checkpoint_minutes))
         print(f"{folder}: done, {options.num_experts} experts in {len(buffer_files(folder))} files")
 
 
-def record(options, real, recorder, missing):
+def record(options, real, recorder, missing, checkpoint):
     """Train the `missing` experts one after the other, each from its own random stream."""
     dsa = DSA(options.dsa_strategy) if options.dsa else None
     drops = ((options.train_epochs // 2 + 1, 0.1),) if options.decay else ()
     recipe = training.Recipe(
         options.train_epochs, options.lr_teacher, options.mom, options.l2, options.batch_train, dsa, drops
     )
-    checkpoint = files.Checkpoint(recorder.folder / "checkpoint.pt", options.checkpoint_minutes)
     for expert in missing:
         network = training.new_network(options.model, real, options.seed, "expert", expert)
         masks = None

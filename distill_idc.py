@@ -32,6 +32,7 @@ def parse():
         "--checkpoint_minutes", type=o.RATE, default=10.0, help="minutes between two saves of the state"
     )
     machine.add_argument("--dry_run", action="store_true", help="print options, inputs, outputs and sizes, then stop")
+    o.add_selection(parser.add_argument_group("evaluation in a stage"))
     extra = parser.add_argument_group("speed")
     extra.add_argument(
         "--transition_batch",
@@ -58,7 +59,7 @@ def parse():
 def main():
     options = parse()
     device = choose_device(options.device)
-    real = idc.load_data(options, device)
+    real = o.select(options, idc.load_data(options, device))
     folder = idc.save_folder(options)
     run = Run(options, real, folder)
     if options.pretrain:
@@ -77,7 +78,7 @@ def main():
         return
     files.need_disk(folder, run.disk(), "the results")
     with files.locked(folder):
-        files.claim(folder, vars(options), free=(*o.FREE, *idc.FREE))
+        files.claim(folder, vars(options), free=(*o.FREE, *idc.FREE), since=progressive.SINCE)
         idc.write_arguments(folder, options)
         for stage in range(options.start_interval, options.num_intervals):
             run.stage(stage)
@@ -122,18 +123,20 @@ class Run:
     def stage(self, stage):
         """Learn the images of `stage` (from 0) and write its union."""
         options, folder = self.options, self.folder
-        marker = folder / f"interval_{stage}.json"
-        if marker.exists():
+        saved = folder / f"interval_{stage}_checkpoint.pt"
+        if idc.read_summary(folder, stage):
+            idc.load_union(folder, stage, self.real, options.ipc)
+            saved.unlink(missing_ok=True)  # of a run that ended before it could
             report.say(f"stage {stage}: done already")
             return
         earlier = None
         if stage:
             earlier = idc.load_union(folder, stage - 1, self.real, options.ipc).to(self.device)
         learned = self.new_images(stage)
-        checkpoint = files.Checkpoint(folder / f"interval_{stage}_checkpoint.pt", options.checkpoint_minutes)
-        learner = Learner(self, stage, earlier, learned, checkpoint)
-        learner.learn()
-        files.write_json(marker, {"stage": stage, "iterations": self.iterations, "complete": True})
+        checkpoint = files.Checkpoint(saved, options.checkpoint_minutes)
+        Learner(self, stage, earlier, learned, checkpoint).learn()
+        done = {"stage": stage, **progressive.selection(options), "iterations": self.iterations, "complete": True}
+        files.write_json(idc.summary_path(folder, stage), done)
         checkpoint.clear()
 
     def network(self, *keys):
@@ -418,7 +421,13 @@ class Learner:
                 network = idc.new_network(options, self.real, *keys)
                 results.append(
                     progressive.staged_accuracies(
-                        network, sources, lambda _stage: recipe, self.real.test, options.seed, keys, self.checkpoint
+                        network,
+                        sources,
+                        lambda _stage: recipe,
+                        self.real.selection,
+                        options.seed,
+                        keys,
+                        self.checkpoint,
                     )[-1]
                 )
                 if options.save_ckpt:
@@ -426,7 +435,10 @@ class Learner:
         mean, std = report.mean_std(results)
         self.log.write(stage=self.stage, iteration=self.iteration, accuracy_mean=mean, accuracy_std=std)
         idc.write_log(self.run.folder)
-        progress.say(f"stage {self.stage}, outer iteration {self.iteration}: test accuracy {mean:.2f} ± {std:.2f} %")
+        progress.say(
+            f"stage {self.stage}, outer iteration {self.iteration}: {progressive.SHOWN[options.select_on]} accuracy "
+            f"{mean:.2f} ± {std:.2f} %"
+        )
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def main():
     )
     real = idc.load_data(options, device)
     unions = [idc.load_union(folder, stage, real) for stage in stages]
+    select_on = progressive.selected_on([idc.read_summary(folder, stage) for stage in stages])
     contenders = [contender(options, real, unions, name) for name in options.eval_models.split(",")]
     if options.dry_run:
         inputs = {"data": idc_options.data_folder(options)} | {f"stage {s}": idc.union_path(folder, s) for s in stages}
@@ -114,6 +115,7 @@ def main():
             contenders,
             {key: value for key, value in vars(options).items() if key not in free},
             versions(),
+            select_on,
         )
 
 

@@ -66,6 +66,7 @@ def main():
     for model in pool:
         o.check_network(model, real)
     unions = [synset.load_set(folder, device=device) for folder in folders]
+    select_on = progressive.selected_on([progressive.read_stage(folder) for folder in folders])
     for folder, union in zip(folders, unions, strict=True):
         synset.check_set(folder, union, real, options.canvas_size if options.texture else 1)
     if options.dry_run:
@@ -99,6 +100,7 @@ def main():
             [contenders.make(model) for model in pool],
             {key: value for key, value in vars(options).items() if key not in o.FREE},
             versions(),
+            select_on,
         )
 
 

@@ -145,7 +145,7 @@ class Evaluation:
         return runs
 
 
-def evaluate_and_report(folder, dataset, evaluation, contenders, options, versions):
+def evaluate_and_report(folder, dataset, evaluation, contenders, options, versions, select_on):
     """Run an evaluation; writes report.json and accuracy.png into `folder` and prints the table.
 
     Args:
@@ -155,12 +155,14 @@ def evaluate_and_report(folder, dataset, evaluation, contenders, options, versio
         contenders: list of `Contender`s; the first one's rows stand at the top of the report.
         options: dict of the options that change the results.
         versions: dict of versions.
+        select_on: what accuracies inside the stages were measured on (`progressive.selected_on`).
     """
     models = evaluation.run(contenders, sorted(options.items()))
     first = contenders[0].name
     result = {
         "dataset": dataset,
         "model": first,
+        "select_on": select_on,
         **models[first],
         "models": models,
         "config": {**options, "versions": versions},

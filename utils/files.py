@@ -102,20 +102,32 @@ def write_json(path, value):
         file.write("\n")
 
 
-def read_json(path, what="a JSON file"):
+def read_json(path, what="a JSON file", holds=None):
     """Return the JSON object in `path`.
 
+    Args:
+        path: the file.
+        what: what the file should be, for the message.
+        holds: {key: type or types} that the object must have.
+
     Raises:
-        UserError: the file is missing or not a JSON object.
+        UserError: the file is missing, not a JSON object, or one without these keys.
     """
     try:
-        value = json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: expected {what}, but it cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: expected {what}, found something else ({one_line(error)[:80]})") from None
+        raise UserError(f"{path}: expected {what}, but it cannot be read ({error.strerror}); check it") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: expected {what}, found something else ({one_line(error)[:80]}); move it away"
+        ) from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected {what} holding one object, found {type(value).__name__}")
+        raise UserError(f"{path}: expected {what} holding one object, found {type(value).__name__}; move it away")
+    for key, types in (holds or {}).items():
+        if not isinstance(value.get(key), types):
+            raise UserError(
+                f'{path}: expected {what} with "{key}", found {one_line(repr(value.get(key)))[:40]}; move it away'
+            )
     return value
 
 
@@ -140,7 +152,7 @@ def locked(folder, name=LOCK):
         yield folder
 
 
-def claim(folder, options, free=(), name=CONFIG):
+def claim(folder, options, free=(), name=CONFIG, since=None):
     """Tie `folder` to the options of this run: write its config file, or compare with the one that is there.
 
     Args:
@@ -148,6 +160,7 @@ def claim(folder, options, free=(), name=CONFIG):
         options: dict of all options.
         free: names of options that may change between a run and its continuation.
         name: of the config file.
+        since: {option: value} of options that older folders do not name, and how these were made.
 
     Raises:
         UserError: the folder belongs to a run with other options; the message names them.
@@ -155,9 +168,8 @@ def claim(folder, options, free=(), name=CONFIG):
     path = Path(folder) / name
     options = json.loads(json.dumps(options))
     if path.exists():
-        before = read_json(path, "the options of the run in this folder").get("options")
-        if not isinstance(before, dict):
-            raise UserError(f'{path}: expected an object "options", found none; move the folder away')
+        before = read_json(path, "the options of the run in this folder", {"options": dict})["options"]
+        before = (since or {}) | before
         differing = [
             f"{key} {before[key]} there, {options[key]} now"
             for key in options

@@ -73,7 +73,8 @@ def new_network(options, real, *keys, **other):
 def pretrained_path(options, number):
     """Return the file of pretrained network `number`."""
     folder = Path("pretrained") / options.dataset / idc_options.model_tag(options)
-    return folder / f"network_{number}_epoch{options.pt_from}.pt"
+    held_out = f"_val{options.val_fraction:g}" if options.select_on == "val" else ""
+    return folder / f"network_{number}_epoch{options.pt_from}{held_out}.pt"
 
 
 def load_pretrained(options, real, number):
@@ -100,6 +101,21 @@ def load_pretrained(options, real, number):
 def union_path(folder, stage):
     """Return the file of the union of `stage` (from 0)."""
     return Path(folder) / f"interval_{stage}_data.pt"
+
+
+def summary_path(folder, stage):
+    """Return the file that says that `stage` (from 0) is complete."""
+    return Path(folder) / f"interval_{stage}.json"
+
+
+def read_summary(folder, stage):
+    """Return what is known of a complete stage (from 0), {} where there is no file: before its end, or published.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = summary_path(folder, stage)
+    return files.read_json(path, "the summary of a finished stage", {"complete": bool}) if path.exists() else {}
 
 
 def save_union(folder, stage, union):

@@ -15,6 +15,7 @@ from utils.errors import UserError
 from utils.reparam import flatten
 
 PARTIAL = "partial"
+BUFFER = "buffer.json"  # the options of the experts beside it
 
 
 def buffer_folder(buffer_path, dataset, model, zca, subset=None, res=None):
@@ -56,6 +57,17 @@ def buffer_files(folder):
             if match := re.fullmatch(r"replay_buffer_(\d+)\.pt", path.name):
                 found[int(match[1])] = path
     return [found[number] for number in sorted(found)]
+
+
+def held_out_share(folder):
+    """Return the share of the training pictures that the experts recorded in `folder` never saw (--val_fraction)."""
+    path = Path(folder) / BUFFER
+    if not path.exists():  # published ones
+        return 0.0
+    share = files.read_json(path, "the options of the experts", {"options": dict})["options"].get("val_fraction", 0.0)
+    if not isinstance(share, (int, float)):
+        raise UserError(f"{path}: expected a number val_fraction, found {share!r}; move it away")
+    return share
 
 
 def load_buffer(path, mmap=True):
