@@ -13,6 +13,8 @@ from utils.augment import DSA
 from utils.runtime import choose_device, stream
 from utils.trajectories import BUFFER, Recorder, buffer_files, buffer_folder, load_buffer
 
+MEMORY = "--batch_train or a narrower --model"  # lower it
+
 
 def parse():
     parser = o.Parser(__doc__)
@@ -113,4 +115,4 @@ def steps_of(options, pictures):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, MEMORY)

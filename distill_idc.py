@@ -21,6 +21,7 @@ from utils.gradient_matching import matching_loss, sweep
 from utils.runtime import choose_device, stream
 
 SAVE_EVERY = 50  # outer iterations
+MEMORY = "--batch_syn_max, --batch_real, --batch_size, --transition_batch 1 or a smaller --width"  # lower it
 
 
 def parse():
@@ -442,4 +443,4 @@ class Learner:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, MEMORY)

@@ -21,6 +21,7 @@ from utils.runtime import choose_device, stream
 from utils.trajectories import Experts, find_buffers, held_out_share
 
 IMAGE_MOMENTUM = 0.5  # of both optimisers, pictures and syn_lr (MTT)
+MEMORY = "--kept_steps 0, --slice_size, --batch_syn, --batch_train, --num_eval or a narrower --model"  # lower it
 
 
 def parse():
@@ -423,4 +424,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, MEMORY)

@@ -25,6 +25,7 @@ NETWORKS = {
     "efficientnet": ("efficientnet", None, None),
 }
 DEFAULT_NETWORKS = {"imagenet": "self,resnet18,efficientnet", "tiny-imagenet": "self,resnet18", "digits": "self"}
+MEMORY = "--batch_size, other --eval_models or a smaller --width"  # lower it
 
 
 def parse():
@@ -159,4 +160,4 @@ def contender(options, real, unions, name):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, MEMORY)

@@ -20,6 +20,8 @@ from utils.reparam import FlatNetwork, set_flat
 from utils.runtime import choose_device, versions
 from utils.trajectories import Experts, find_buffers
 
+MEMORY = "--batch_train or a narrower --model"  # lower it
+
 
 def parse():
     parser = o.Parser(__doc__)
@@ -161,4 +163,4 @@ class Contenders:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, MEMORY)

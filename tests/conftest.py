@@ -55,7 +55,7 @@ def call(script, *arguments, capsys=None, monkeypatch=None):
     capsys.readouterr()
     status = 0
     try:
-        errors.run(module.main)
+        errors.run(module.main, module.MEMORY)
     except SystemExit as end:
         status = end.code
     return status, capsys.readouterr().err

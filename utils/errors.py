@@ -4,6 +4,10 @@ import errno
 import os
 import sys
 
+WRITING = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO)
+PLACES = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG)
+MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+
 
 class UserError(Exception):
     """What was expected, what was found and what to do, in one line."""
@@ -28,12 +32,18 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def run(main):
+def run(main, memory):
     """Run a script's `main` and end the process the documented way.
 
-    Exit status 0 on success; 2 with one line on stderr for a `UserError`, a full disk or too little memory on the
-    device; 128 + signal number for an interruption. Anything else is a fault of the program and keeps its traceback.
+    Exit status 0 on success; 2 with one line on stderr for a `UserError`, a full disk, a path that cannot be used or
+    too little memory; 128 + signal number for an interruption. Anything else is a fault of the program and keeps its
+    traceback.
+
+    Args:
+        main: function without arguments.
+        memory: the script's options that lower its memory, in words.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be valid text
     try:
         main()
     except UserError as error:
@@ -53,7 +63,9 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in PLACES:
+            sys.exit(_fail(f"{error.filename or 'a path'}: cannot be used ({error.strerror}); choose another", 2))
+        if error.errno not in WRITING:
             raise
         sys.exit(
             _fail(
@@ -63,21 +75,16 @@ def run(main):
                 2,
             )
         )
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        sys.exit(
-            _fail(
-                f"the device has too little memory ({one_line(error)[:120]}); lower it with --kept_steps 0, "
-                "--slice_size, --batch_syn, --batch_train or a narrower --model",
-                2,
-            )
-        )
+        sys.exit(_fail(f"too little memory ({one_line(error)[:120]}); lower what is needed with {memory}", 2))
 
 
 def is_out_of_memory(error):
-    """True where `error` (a RuntimeError) says that a device or the host has no memory left."""
-    return type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)
+    """True where `error` says that a device or the host has no memory left."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(words in str(error) for words in MEMORY)
 
 
 def _fail(message, status, kind="error"):

@@ -261,7 +261,7 @@ class Checkpoint:
         """
         if self.path is None:
             return
-        stop = self.signals.received
+        stop = self.signals.take()
         if stop is None and time.monotonic() - self.last < self.seconds:
             return
         # Slots of an interrupted run that no loop has reached yet belong to the same turn: keep them.

@@ -91,18 +91,25 @@ class _Seeded:
 class Signals:
     """Remembers SIGTERM and SIGINT, so that a loop can finish its step and save before it stops.
 
-    A second signal of the same kind ends the process at once.
+    A second signal of the same kind ends the process at once. Signals belong to the process: what one object was
+    told, all know.
     """
 
     received = None
 
     def __init__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+        if Signals.received is None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._remember)
 
     def _remember(self, number, _frame):
-        self.received = number
+        Signals.received = number
         signal.signal(number, signal.SIG_DFL)
+
+    def take(self):
+        """Return the number of the signal that came, once; None where none came."""
+        number, Signals.received = Signals.received, None
+        return number
 
 
 def versions():
