@@ -66,7 +66,8 @@ def main():
                 )
             print(f"{folder}: done, {found} experts are there already")
             return
-        files.claim(folder, vars(options), (*o.FREE, "num_experts"), BUFFER, {"val_fraction": 0.0})
+        free = (*o.FREE, "num_experts")
+        files.claim(folder, vars(options), free, BUFFER, {"val_fraction": 0.0})
         recorder = Recorder(folder, options.num_experts, options.save_interval)
         recorder.merge()
         missing = recorder.missing()
@@ -76,7 +77,8 @@ def main():
             print(f"{folder}: done, {options.num_experts} experts are there already")
             return
         files.need_disk(folder, size * len(missing) // options.num_experts, f"{len(missing)} experts")
-        record(options, real, recorder, missing, files.Checkpoint(saved, options.checkpoint_minutes))
+        checkpoint = files.Checkpoint(saved, options.checkpoint_minutes, vars(options), free)
+        record(options, real, recorder, missing, checkpoint)
         print(f"{folder}: done, {options.num_experts} experts in {len(buffer_files(folder))} files")
 
 

@@ -133,8 +133,11 @@ class Run:
         earlier = None
         if stage:
             earlier = idc.load_union(folder, stage - 1, self.real, options.ipc).to(self.device)
+        for path in (folder / f"interval_{before}_metrics.jsonl" for before in range(stage)):
+            if path.exists():  # log.txt will hold them
+                files.read_rows(path)
         learned = self.new_images(stage)
-        checkpoint = files.Checkpoint(saved, options.checkpoint_minutes)
+        checkpoint = files.Checkpoint(saved, options.checkpoint_minutes, vars(options), (*o.FREE, *idc.FREE))
         Learner(self, stage, earlier, learned, checkpoint).learn()
         done = {"stage": stage, **progressive.selection(options), "iterations": self.iterations, "complete": True}
         files.write_json(idc.summary_path(folder, stage), done)

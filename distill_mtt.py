@@ -88,6 +88,7 @@ def main():
         o.check_network(name, real)
     run = Run(options, real, experiment)
     run.check()
+    run.warn()
     if options.dry_run:
         report.dry_run(
             options,
@@ -100,7 +101,6 @@ def main():
     files.need_disk(experiment, run.disk(), "the buffers of the transitions")
     with files.locked(experiment):
         files.claim(experiment, vars(options), free=o.FREE, since=progressive.SINCE)
-        run.warn()
         for stage in range(options.start_interval, options.num_intervals + 1):
             run.stage(stage)
     print(f"{experiment}: done, {options.num_intervals} stages")
@@ -213,7 +213,7 @@ class Run:
                 f"stage {stage}: done already, {known['best_accuracy']:.2f} % at iteration {known['best_iteration']}"
             )
             return
-        checkpoint = files.Checkpoint(folder / "checkpoint.pt", options.checkpoint_minutes)
+        checkpoint = files.Checkpoint(folder / "checkpoint.pt", options.checkpoint_minutes, vars(options), o.FREE)
         experts = self.experts(stage)
         if not known:
             best = self.learn(stage, folder, experts, checkpoint)

@@ -1,6 +1,7 @@
 """Runs of the scripts that many tests look at, made once."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,25 @@ STAGES = [
 ]
 SHORT = ["--Iteration", "5", "--eval_it", "2", "--num_eval", "2", "--override_epoch_eval_train", "4"]
 EXPERIMENT = "Digits_ConvNetW32_S_ipc1_max2_syn4_real2_img100.0_1e-05_0.03_increase"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--damage_table", help="write what tests/test_damage.py tried to this file, as Markdown")
+
+
+def pytest_configure(config):
+    config.damage_rows = []
+
+
+def pytest_sessionfinish(session):
+    path, rows = session.config.getoption("--damage_table"), session.config.damage_rows
+    if path:
+        lines = ["| script | input | damages | answer to the first |", "|---|---|---|---|"]
+        for script, name in dict.fromkeys(row[:2] for row in rows):
+            tried = [row[2:] for row in rows if row[:2] == (script, name)]
+            cells = (script, name, f"{len(tried)}: {', '.join(damage for damage, _ in tried)}", tried[0][1])
+            lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+        Path(path).write_text("\n".join([*lines, "", f"{len(rows)} inputs in all."]) + "\n")
 
 
 def run_script(script, *arguments, check=True, **options):
@@ -110,6 +130,23 @@ def distilled(tmp_path_factory, buffers):
     root = tmp_path_factory.mktemp("logged_files")
     run_script("distill_mtt.py", *STAGES, *SHORT, "--buffer_path", buffers, "--root_log_dir", root)
     return root / "Digits" / EXPERIMENT
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """The smallest runs of all scripts, uninterrupted (`tests.small.Reference`)."""
+    from tests import killer, small
+
+    root = tmp_path_factory.mktemp("reference")
+    made = small.Reference(root)
+    made.distilled.mkdir()
+    for script in (small.BUFFER, small.DISTILL, small.DISTILL_IDC, small.EVALUATE, small.EVALUATE_IDC):
+        place = made.evaluated if script.startswith("evaluate") else made.distilled
+        if place is made.evaluated and not place.exists():
+            shutil.copytree(made.distilled, place)
+        status, lines = killer.run(script, small.arguments(script, place))
+        assert status == 0, lines
+    return made
 
 
 @pytest.fixture(autouse=True)

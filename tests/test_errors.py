@@ -56,7 +56,7 @@ def test_too_little_memory_names_options_of_the_script(fill, script, tmp_path, c
     "error,words",
     [
         (OSError(errno.ENOSPC, "No space left on device", "a/b.pt"), "cannot write a/b.pt: No space left"),
-        (PermissionError(errno.EACCES, "Permission denied", "a"), "cannot write a: Permission denied"),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), "a: cannot be used (Permission denied)"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: cannot be used (Not a directory)"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a/b"), "a/b: cannot be used (Is a directory)"),
         (OSError(errno.ELOOP, "Too many levels of symbolic links", "a"), "a: cannot be used (Too many levels"),

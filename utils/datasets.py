@@ -211,7 +211,8 @@ def _whitening(images, data_path, device):
     key = hashlib.sha1(np.ascontiguousarray(images)).hexdigest()[:16]
     path = Path(data_path) / CACHE / f"zca-{key}.pt"
     if path.exists():
-        return zca.restore(files.load(path, "a cached ZCA transform"), device)
+        with contextlib.suppress(UserError):  # a damaged cache is made anew
+            return zca.restore(files.load(path, "a cached ZCA transform"), images[0].size, device)
     whitening = zca.fit(torch.from_numpy(np.ascontiguousarray(images)).to(device).float() / 255)
     try:
         files.save(path, zca.state(whitening))
@@ -221,7 +222,8 @@ def _whitening(images, data_path, device):
 
 
 def _note_no_cache(path, error):
-    print(f"note: nothing cached at {path} ({error.strerror}); the next start takes as long", file=sys.stderr)
+    reason = error.strerror or one_line(error)  # NumPy's own have no number
+    print(f"note: nothing cached at {path} ({reason}); the next start takes as long", file=sys.stderr)
 
 
 def read(name, data_path):
@@ -469,9 +471,14 @@ def _cached(cache, fingerprint):
     try:
         if json.loads((cache / "about.json").read_text())["fingerprint"] != fingerprint:
             return None
-        return [np.load(cache / f"{name}.npy", mmap_mode="c", allow_pickle=False) for name in ARRAYS]
-    except (OSError, ValueError, KeyError, TypeError):
+        arrays = [np.load(cache / f"{name}.npy", mmap_mode="c", allow_pickle=False) for name in ARRAYS]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    fit = all(
+        images.ndim == 4 and images.dtype == np.uint8 and labels.dtype == np.int64 and labels.shape == images.shape[:1]
+        for images, labels in (arrays[:2], arrays[2:])
+    )
+    return arrays if fit and arrays[0].shape[1:] == arrays[2].shape[1:] else None
 
 
 def _decode_into_cache(cache, fingerprint, parts, kind):
@@ -484,6 +491,8 @@ def _decode_into_cache(cache, fingerprint, parts, kind):
             shape = (len(paths), kind.channel, kind.im_size, kind.im_size)
             target = making / f"{part}_images.npy"
             np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape).flush()
+            with open(target, "r+b") as file:  # a disk that is full must say so here: writing into a map would kill
+                os.posix_fallocate(file.fileno(), 0, target.stat().st_size)
             _decode(paths, kind.channel, kind.im_size, target)
             np.save(making / f"{part}_labels.npy", np.array(labels, dtype=np.int64))
         files.write_json(making / "about.json", {"fingerprint": fingerprint})

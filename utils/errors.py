@@ -4,8 +4,18 @@ import errno
 import os
 import sys
 
-WRITING = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO)
-PLACES = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG)
+WRITING = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+PLACES = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
 
@@ -64,7 +74,9 @@ def run(main, memory):
         sys.exit(141)
     except OSError as error:
         if error.errno in PLACES:
-            sys.exit(_fail(f"{error.filename or 'a path'}: cannot be used ({error.strerror}); choose another", 2))
+            sys.exit(
+                _fail(f"{error.filename or 'a path'}: cannot be used ({error.strerror}); check it or choose another", 2)
+            )
         if error.errno not in WRITING:
             raise
         sys.exit(

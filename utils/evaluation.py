@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from utils import progressive, report, training
+from utils import files, progressive, report, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Evaluation:
         self.random_networks, self.full_networks = random_networks, full_networks
 
     def run(self, contenders, key):
-        """Evaluate all `contenders`; `key` names the options that a continued run must share.
+        """Evaluate all `contenders`; `key` names the options and data that a continued run must share.
 
         Returns:
             {name: {"stages", "random", "full"}}, accuracies in percent.
@@ -59,7 +59,6 @@ class Evaluation:
             for contender in contenders:
                 if contender.name not in models:
                     models[contender.name] = self.evaluate(contender)
-        self.checkpoint.clear()
         return models
 
     def evaluate(self, contender):
@@ -157,7 +156,8 @@ def evaluate_and_report(folder, dataset, evaluation, contenders, options, versio
         versions: dict of versions.
         select_on: what accuracies inside the stages were measured on (`progressive.selected_on`).
     """
-    models = evaluation.run(contenders, sorted(options.items()))
+    unions = [files.digest([source.images, source.labels]) for source in evaluation.sources]
+    models = evaluation.run(contenders, (sorted(options.items()), unions))
     first = contenders[0].name
     result = {
         "dataset": dataset,
@@ -168,5 +168,6 @@ def evaluate_and_report(folder, dataset, evaluation, contenders, options, versio
         "config": {**options, "versions": versions},
     }
     picture = report.write_report(folder, result)
+    evaluation.checkpoint.clear()
     print(report.table(result))
     print(f"report: {folder / 'report.json'}\npicture: {picture}")

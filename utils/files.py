@@ -1,7 +1,9 @@
 """Files that are whole or not there: atomic saving, safe loading, run folders and checkpoints."""
 
 import contextlib
+import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -28,9 +30,11 @@ def atomic(path, mode="wb"):
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Text may hold paths, and paths need not be valid text.
+    coding = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode) as file:
+        with open(temporary, mode, **coding) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -75,7 +79,8 @@ def load(path, what="a file written by torch.save", mmap=False):
     try:
         if not path.is_file():
             raise UserError(f"{path}: expected {what}, found {'a folder' if path.is_dir() else 'no file'}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        mmap = mmap and zipfile.is_zipfile(path) and str(path).isprintable()  # PyTorch maps no names that are no text
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         text = str(error)
         if "Unsupported" in text or "GLOBAL" in text or "WeightsUnpickler" in text:
@@ -84,15 +89,38 @@ def load(path, what="a file written by torch.save", mmap=False):
                 "refused, since loading it is unsafe"
             ) from None
         raise UserError(f"{path}: expected {what}, found something else or a damaged file; make it anew") from None
-    except OSError as error:
-        raise UserError(f"{path}: expected {what}, but it cannot be read ({error.strerror}); check it") from None
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a cut-off archive leads to
+            raise UserError(f"{path}: expected {what}, but it cannot be read ({error.strerror}); check it") from None
         # A damaged archive surfaces as whatever the parser stumbled over (RuntimeError, EOFError, KeyError, …).
         raise UserError(
             f"{path}: expected {what}, found a damaged or cut-off file ({one_line(error)[:80]}); make it anew"
         ) from None
+
+
+def digest(value):
+    """Return the SHA-256 (hexadecimal) of nested dicts, lists and tuples of tensors, numbers and strings."""
+    total = hashlib.sha256()
+
+    def add(part):
+        if isinstance(part, torch.Tensor):
+            total.update(f"tensor {part.dtype} {tuple(part.shape)};".encode())
+            total.update(part.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(part, dict):
+            total.update(f"dict {len(part)};".encode())
+            for item in part.items():
+                add(item)
+        elif isinstance(part, (list, tuple)):
+            total.update(f"{type(part).__name__} {len(part)};".encode())
+            for item in part:
+                add(item)
+        else:
+            total.update(f"{part!r};".encode())
+
+    add(value)
+    return total.hexdigest()
 
 
 def write_json(path, value):
@@ -143,12 +171,13 @@ def locked(folder, name=LOCK):
     with open(folder / name, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(
                 f"{folder}: another process is writing there; wait for it, or choose another folder"
             ) from None
         for leftover in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+            if leftover.is_file():
+                leftover.unlink(missing_ok=True)
         yield folder
 
 
@@ -169,19 +198,20 @@ def claim(folder, options, free=(), name=CONFIG, since=None):
     options = json.loads(json.dumps(options))
     if path.exists():
         before = read_json(path, "the options of the run in this folder", {"options": dict})["options"]
-        before = (since or {}) | before
-        differing = [
-            f"{key} {before[key]} there, {options[key]} now"
-            for key in options
-            if key not in free and key in before and before[key] != options[key]
-        ]
-        if differing:
+        found = differing((since or {}) | before, options, free)
+        if found:
             raise UserError(
-                f"{folder} holds a run with other options ({'; '.join(differing)}); "
-                "repeat its options to continue it, or choose another folder or --tag"
+                f"{folder} holds a run with other options ({found}); repeat its options to continue it, or choose "
+                "another folder or --tag"
             )
     else:
         write_json(path, {"options": options, "versions": versions()})
+
+
+def differing(before, now, free=()):
+    """Return in words where two dicts of options differ in what both hold, but for the names in `free`."""
+    names = [name for name in now if name not in free and name in before and before[name] != now[name]]
+    return "; ".join(f"{name} {before[name]} there, {now[name]} now" for name in names)
 
 
 def need_disk(folder, wanted, what):
@@ -190,7 +220,7 @@ def need_disk(folder, wanted, what):
     Raises:
         UserError: there is less.
     """
-    place = Path(folder).resolve()
+    place = Path(os.path.realpath(folder))
     while not place.exists():
         place = place.parent
     stat = os.statvfs(place)
@@ -219,17 +249,40 @@ class Checkpoint:
     Args:
         path: of the checkpoint file, None to keep nothing (the loops still work).
         minutes: between two saves.
+        options: dict of the options of the run; a file of a run with others is refused.
+        free: names of those that may differ.
+
+    Raises:
+        UserError: the file is damaged, was changed, or is another run's.
     """
 
-    def __init__(self, path=None, minutes=10.0):
+    def __init__(self, path=None, minutes=10.0, options=None, free=()):
         self.path = Path(path) if path else None
+        self.options = json.loads(json.dumps(options or {}))
         self.seconds = minutes * 60
         self.last = time.monotonic()
         self.slots = {}
         self.signals = Signals() if path else None
         self.saved = {}
         if self.path and self.path.exists():
-            self.saved = load(self.path, "the checkpoint of an interrupted run")
+            self.saved = self._load(free)
+
+    def _load(self, free):
+        what = "the state of an interrupted run"
+        found = load(self.path, what)
+        found = found if isinstance(found, dict) else {}
+        parts = [found.get(name) for name in ("options", "slots")]
+        if not all(isinstance(part, dict) for part in parts) or found.get("digest") != digest(parts):
+            raise UserError(
+                f"{self.path}: expected {what}, found something else or a changed file; delete it to begin this part "
+                "of the run anew"
+            )
+        if other := differing(parts[0], self.options, free):
+            raise UserError(
+                f"{self.path}: expected {what}, found that of another run ({other}); delete it to begin this part of "
+                "the run anew"
+            )
+        return parts[1]
 
     @contextlib.contextmanager
     def loop(self, name, key, state):
@@ -265,7 +318,9 @@ class Checkpoint:
         if stop is None and time.monotonic() - self.last < self.seconds:
             return
         # Slots of an interrupted run that no loop has reached yet belong to the same turn: keep them.
-        save(self.path, self.saved | {name: state() for name, state in self.slots.items()})
+        slots = self.saved | {name: state() for name, state in self.slots.items()}
+        parts = {"options": self.options, "slots": slots}
+        save(self.path, parts | {"digest": digest(list(parts.values()))})
         self.last = time.monotonic()
         if stop is not None:
             raise Interrupted(stop, self.path)
@@ -283,23 +338,58 @@ class Metrics:
     Args:
         path: of the file.
         rows: how many rows of an existing file to keep; later ones are written again by the continued run.
+
+    Raises:
+        UserError: the existing file has fewer rows, or other lines.
     """
 
     def __init__(self, path, rows=0):
         self.path = Path(path)
         self.rows = rows
-        kept = []
-        if rows and self.path.exists():
-            kept = self.path.read_text().splitlines(keepends=True)[:rows]
+        kept = read_rows(self.path, rows) if rows else []
         with atomic(self.path, "w") as file:
-            file.writelines(kept)
-        self.file = open(self.path, "a")  # noqa: SIM115 - stays open as long as the run
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - stays open as long as the run
 
     def write(self, **row):
-        """Append one row; it is on its way to the disk when this returns."""
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        """Append one row; it is on its way to the disk when this returns.
+
+        Raises:
+            OSError: it cannot be written; the file is as it was before.
+        """
+        before = self.file.tell()
+        line = (json.dumps(row) + "\n").encode()
+        try:
+            while line:
+                line = line[self.file.write(line) :]
+        except OSError as error:
+            self.file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.rows += 1
 
     def close(self):
         self.file.close()
+
+
+def read_rows(path, count=None):
+    """Return the rows of a metrics file, a list of dicts; the first `count` where it is given.
+
+    Raises:
+        UserError: there are fewer, or lines of something else than numbers.
+    """
+    path = Path(path)
+    try:
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()[:count]]
+        good = all(isinstance(row, dict) and all(isinstance(v, (int, float)) for v in row.values()) for row in rows)
+    except OSError as error:
+        raise UserError(f"{path}: expected rows of measurements, but it cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        good = False
+    if not good or (count is not None and len(rows) < count):
+        wanted = "rows" if count is None else f"{count} rows at least"
+        found = f"{len(rows)} rows" if good else "something else"
+        raise UserError(
+            f"{path}: expected {wanted} of measurements of an interrupted run, found {found}; put the file back, or "
+            "delete it and the checkpoint beside it to begin the stage anew"
+        )
+    return rows

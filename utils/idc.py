@@ -1,6 +1,5 @@
 """What distillation and evaluation of PDD+IDC share: data, networks, unions on disk."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -90,7 +89,10 @@ def load_pretrained(options, real, number):
         )
     network = build_network(options, real)
     try:
-        network.load_state_dict(files.load(path, "a pretrained network"))
+        saved = files.load(path, "a pretrained network")
+        network.load_state_dict(saved)
+        if not all(bool(value.isfinite().all()) for value in saved.values()):
+            raise UserError(f"{path}: expected finite parameters, found NaN or infinity; make it anew with --pretrain")
     except (RuntimeError, TypeError, AttributeError):
         raise UserError(
             f"{path}: expected a network {idc_options.model_tag(options)}, found another; make it anew with --pretrain"
@@ -143,6 +145,7 @@ def load_union(folder, stage, real, ipc=None):
     path = union_path(folder, stage)
     value = files.load(path, "a union [images, labels]")
     good = isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, torch.Tensor) for v in value)
+    good = good and value[0].is_floating_point() and not value[1].is_floating_point()
     if not good or value[0].dim() != 4 or value[1].dim() != 1 or len(value[0]) != len(value[1]):
         raise UserError(f"{path}: expected [images (N, C, H, W), labels (N,)], found something else; make it anew")
     images, labels = value[0].detach().float(), value[1].detach().long()
@@ -171,7 +174,9 @@ def load_union(folder, stage, real, ipc=None):
 
 
 def write_arguments(folder, options):
-    """Write args.txt: one line for each option."""
+    """Write args.txt: one line for each option, as the run began."""
+    if (Path(folder) / "args.txt").exists():
+        return
     with files.atomic(Path(folder) / "args.txt", "w") as file:
         file.writelines(f"{name}: {value}\n" for name, value in vars(options).items())
 
@@ -180,7 +185,7 @@ def write_log(folder):
     """Write log.txt: the rows of all stages' metrics as plain lines."""
     lines = []
     for path in sorted(Path(folder).glob("interval_*_metrics.jsonl"), key=lambda p: int(p.name.split("_")[1])):
-        for row in map(json.loads, path.read_text().splitlines()):
+        for row in files.read_rows(path):
             lines.append("  ".join(f"{name} {value:.6g}" for name, value in row.items()) + "\n")
     with files.atomic(Path(folder) / "log.txt", "w") as file:
         file.writelines(lines)

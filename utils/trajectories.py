@@ -77,17 +77,24 @@ def load_buffer(path, mmap=True):
         UserError: it is damaged or not a list of trajectories.
     """
     trajectories = files.load(path, "a replay buffer", mmap=mmap)
-
-    def holds(value, each):
-        return isinstance(value, list) and len(value) > 0 and all(each(item) for item in value)
-
-    def is_entry(value):
-        return holds(value, lambda tensor: isinstance(tensor, torch.Tensor))
-
-    good = holds(trajectories, lambda trajectory: holds(trajectory, is_entry))
-    if not good:
+    if not _holds(trajectories, _is_trajectory):
         raise UserError(f"{path}: expected a replay buffer (a list of trajectories), found something else")
     return trajectories
+
+
+def _load_part(path):
+    trajectory = files.load(path, "a recorded expert")
+    if not _is_trajectory(trajectory):
+        raise UserError(f"{path}: expected a recorded expert (a trajectory), found something else; delete it")
+    return trajectory
+
+
+def _holds(value, each):
+    return isinstance(value, list) and len(value) > 0 and all(each(item) for item in value)
+
+
+def _is_trajectory(value):
+    return _holds(value, lambda entry: _holds(entry, lambda t: isinstance(t, torch.Tensor) and t.is_floating_point()))
 
 
 class Experts:
@@ -192,6 +199,9 @@ class Recorder:
         folder: of the replay buffers.
         count: experts wanted.
         group: trajectories of one replay buffer (save_interval); the last one may have fewer.
+
+    Raises:
+        UserError: a file of the folder is damaged.
     """
 
     def __init__(self, folder, count, group):
@@ -199,6 +209,8 @@ class Recorder:
         self.stored = {}
         for path in buffer_files(folder):
             self.stored[int(re.search(r"\d+", path.name)[0])] = len(load_buffer(path))
+        for part in (self.folder / PARTIAL).glob("expert_*.pt"):
+            _load_part(part)
 
     def missing(self):
         """Return the numbers of the experts that are not on disk yet."""
@@ -225,7 +237,7 @@ class Recorder:
             if parts and all(part.exists() for part in parts):
                 path = self.folder / f"replay_buffer_{number}.pt"
                 whole = load_buffer(path, mmap=False) if stored else []
-                whole += [files.load(part, "a recorded expert") for part in parts]
+                whole += [_load_part(part) for part in parts]
                 files.save(path, whole)
                 self.stored[number] = len(whole)
                 for part in parts:
