@@ -19,9 +19,9 @@ import utils.options as o
 from utils import distributed, errors, files, report, training
 from utils.augment import DSA
 from utils.runtime import choose_device, stream
-from utils.trajectories import PARTIAL, Recorder, buffer_files, buffer_folder, load_buffer
+from utils.trajectories import BUFFER, PARTIAL, Recorder, buffer_files, buffer_folder, load_buffer
 
-ABOUT = "buffer.json"
+MEMORY = "--batch_train or a narrower --model"  # lower it
 
 
 def parse():
@@ -42,6 +42,12 @@ def parse():
     expert.add_argument("--save_interval", type=o.COUNT, default=10, help="trajectories in a file")
     expert.add_argument("--use-random-pruning", action="store_true", help="prune every convolution at its start")
     expert.add_argument("--sparse-ratio", type=o.FRACTION, default=0.0, help="share of its weights to prune")
+    expert.add_argument(
+        "--val_fraction",
+        type=o.FRACTION,
+        default=0.0,
+        help="share of the training pictures that no expert sees, for distill_mtt.py --select_on val",
+    )
     machine = o.add_machine(parser)
     machine.add_argument("--shard", type=shard, help="i/n: record part i (from 1) of n alone; the last one merges")
     return parser.parse_args()
@@ -51,7 +57,7 @@ def main():
     options = parse()
     device = choose_device(options.device)
     folder = buffer_folder(options.buffer_path, o.place(options), options.model, options.zca)
-    real = o.load_data(options, device)
+    real = o.load_data(options, device).held_out(options.val_fraction)
     o.check_network(options.model, real)
     parameters = sum(p.numel() for p in training.new_network(options.model, real, options.seed).parameters())
     size = parameters * 4 * (options.train_epochs + 1) * options.num_experts
@@ -101,7 +107,7 @@ def made_elsewhere(folder, wanted):
     Raises:
         UserError: fewer than `wanted`.
     """
-    if not buffer_files(folder) or (folder / ABOUT).exists():
+    if not buffer_files(folder) or (folder / BUFFER).exists():
         return 0
     found = sum(len(load_buffer(path)) for path in buffer_files(folder))
     if found < wanted:
@@ -122,11 +128,13 @@ def find_missing(options, folder, size):
         UserError: the folder belongs to another run, or the disk is too small.
     """
     given = {name: value for name, value in vars(options).items() if name != "shard"}
-    files.claim(folder, given, free=(*o.FREE, "num_experts"), name=ABOUT)
+    files.claim(folder, given, (*o.FREE, "num_experts"), BUFFER, {"val_fraction": 0.0})
     recorder = Recorder(folder, options.num_experts, options.save_interval)
     if not options.shard:
         recorder.merge()
     missing = recorder.missing()
+    if not missing:
+        (folder / "checkpoint.pt").unlink(missing_ok=True)  # of a run that ended before it could
     if options.shard:
         number, shards = options.shard
         missing = [expert for expert in missing if expert % shards == number - 1]
@@ -158,7 +166,7 @@ def record(options, real, folder, missing):
     place = folder / "checkpoint.pt"
     if options.shard:
         place = folder / PARTIAL / f"checkpoint_shard{options.shard[0]}of{options.shard[1]}.pt"
-    checkpoint = files.Checkpoint(place, options.checkpoint_minutes)
+    checkpoint = files.Checkpoint(place, options.checkpoint_minutes, vars(options), (*o.FREE, "num_experts", "shard"))
 
     def train(expert, checkpoint):
         network = training.new_network(options.model, real, options.seed, "expert", expert)
@@ -195,4 +203,4 @@ def steps_of(options, pictures):
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    distributed.run(main, MEMORY)

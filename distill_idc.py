@@ -24,6 +24,7 @@ from utils.gradient_matching import matching_loss, sweep
 from utils.runtime import choose_device, stream
 
 SAVE_EVERY = 50  # outer iterations
+MEMORY = "--batch_syn_max, --batch_real, --batch_size, --transition_batch 1 or a smaller --width"  # lower it
 
 
 def parse():
@@ -35,6 +36,7 @@ def parse():
         "--checkpoint_minutes", type=o.RATE, default=10.0, help="minutes between two saves of the state"
     )
     machine.add_argument("--dry_run", action="store_true", help="print options, inputs, outputs and sizes, then stop")
+    o.add_selection(parser.add_argument_group("evaluation in a stage"))
     extra = parser.add_argument_group("speed")
     extra.add_argument(
         "--transition_batch",
@@ -66,7 +68,7 @@ def main():
             "note: --phase and --nclass_sub change nothing: one command learns all classes, over many processes "
             "where torchrun starts it"
         )
-    real = idc.load_data(options, device)
+    real = o.select(options, idc.load_data(options, device))
     folder = idc.save_folder(options)
     run = Run(options, real, folder)
     if options.pretrain:
@@ -85,7 +87,8 @@ def main():
         return
     files.need_disk(folder, run.disk(), "the results")
     with files.locked(folder):
-        distributed.first(lambda: files.claim(folder, vars(options), free=(*o.FREE, *idc.FREE)))
+        free = (*o.FREE, *idc.FREE)
+        distributed.first(lambda: files.claim(folder, vars(options), free=free, since=progressive.SINCE))
         distributed.first(lambda: results.save_facts(folder, real))
         distributed.first(lambda: idc.write_arguments(folder, options))
         for stage in range(options.start_interval, options.num_intervals):
@@ -131,19 +134,23 @@ class Run:
     def stage(self, stage):
         """Learn the images of `stage` (from 0) and write its union."""
         options, folder = self.options, self.folder
-        marker = folder / f"interval_{stage}.json"
-        if marker.exists():
+        saved = folder / f"interval_{stage}_checkpoint.pt"
+        if idc.read_summary(folder, stage):
+            idc.load_union(folder, stage, self.real, options.ipc)
+            saved.unlink(missing_ok=True)  # of a run that ended before it could
             report.say(f"stage {stage}: done already")
             return
         earlier = None
         if stage:
             earlier = idc.load_union(folder, stage - 1, self.real, options.ipc).to(self.device)
+        for path in (folder / f"interval_{before}_metrics.jsonl" for before in range(stage)):
+            if path.exists():  # log.txt will hold them
+                files.read_rows(path)
         learned = self.new_images(stage)
-        checkpoint = files.Checkpoint(folder / f"interval_{stage}_checkpoint.pt", options.checkpoint_minutes)
-        learner = Learner(self, stage, earlier, learned, checkpoint)
-        learner.learn()
-        about = {"stage": stage, "iterations": self.iterations, "complete": True}
-        distributed.first(lambda: files.write_json(marker, about))
+        checkpoint = files.Checkpoint(saved, options.checkpoint_minutes, vars(options), (*o.FREE, *idc.FREE))
+        Learner(self, stage, earlier, learned, checkpoint).learn()
+        done = {"stage": stage, **progressive.selection(options), "iterations": self.iterations, "complete": True}
+        distributed.first(lambda: files.write_json(idc.summary_path(folder, stage), done))
         checkpoint.clear()
 
     def network(self, *keys):
@@ -457,7 +464,7 @@ class Learner:
             keys = ("evaluation", self.stage, self.iteration, k)
             network = idc.new_network(options, self.real, *keys)
             accuracies = progressive.staged_accuracies(
-                network, sources, lambda _stage: recipe, self.real.test, options.seed, keys, checkpoint
+                network, sources, lambda _stage: recipe, self.real.selection, options.seed, keys, checkpoint
             )
             if options.save_ckpt:
                 files.save(self.run.folder / f"interval_{self.stage}_network_{k}.pt", network.state_dict())
@@ -467,8 +474,11 @@ class Learner:
         mean, std = report.mean_std(results)
         self.log.write(stage=self.stage, iteration=self.iteration, accuracy_mean=mean, accuracy_std=std)
         distributed.first(lambda: idc.write_log(self.run.folder))
-        progress.say(f"stage {self.stage}, outer iteration {self.iteration}: test accuracy {mean:.2f} ± {std:.2f} %")
+        progress.say(
+            f"stage {self.stage}, outer iteration {self.iteration}: {progressive.SHOWN[options.select_on]} accuracy "
+            f"{mean:.2f} ± {std:.2f} %"
+        )
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    distributed.run(main, MEMORY)

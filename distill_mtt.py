@@ -21,9 +21,10 @@ import utils.options as o
 from utils import augment, distributed, errors, files, matching, progressive, report, results, synset, training
 from utils.reparam import FlatNetwork, set_flat
 from utils.runtime import choose_device, stream
-from utils.trajectories import Experts, find_buffers
+from utils.trajectories import Experts, find_buffers, held_out_share
 
 IMAGE_MOMENTUM = 0.5  # of both optimisers, pictures and syn_lr (MTT)
+MEMORY = "--kept_steps 0, --slice_size, --batch_syn, --batch_train, --num_eval or a narrower --model"  # lower it
 
 
 def parse():
@@ -75,6 +76,7 @@ def parse():
     test.add_argument("--eval_it", type=o.COUNT, default=100, help="iterations between two evaluations")
     test.add_argument("--epoch_eval_train", type=o.COUNT, default=1000, help="accepted for old commands; see below")
     test.add_argument("--override_epoch_eval_train", type=o.COUNT, default=1000, help="epochs of these networks")
+    o.add_selection(test)
     output = parser.add_argument_group("output")
     output.add_argument("--root_log_dir", default="logged_files", help="root folder of the results")
     output.add_argument("--tag", default="", help="appended to the folder's name")
@@ -96,11 +98,12 @@ def main():
     options = parse()
     device = choose_device(options.device)
     experiment = experiment_folder(options)
-    real = o.load_data(options, device)
+    real = o.select(options, o.load_data(options, device))
     for name in {options.model, *networks.eval_pool(options.eval_mode, options.model)}:
         o.check_network(name, real)
     run = Run(options, real, experiment)
     run.check()
+    run.warn()
     if options.dry_run:
         report.dry_run(
             options,
@@ -112,7 +115,7 @@ def main():
         return
     files.need_disk(experiment, run.disk(), "the buffers of the transitions")
     with files.locked(experiment):
-        distributed.first(lambda: files.claim(experiment, vars(options), free=o.FREE))
+        distributed.first(lambda: files.claim(experiment, vars(options), free=o.FREE, since=progressive.SINCE))
         distributed.first(lambda: results.save_facts(experiment, real))
         for stage in range(options.start_interval, options.num_intervals + 1):
             run.stage(stage)
@@ -171,7 +174,7 @@ class Run:
         )
 
     def union(self, stage):
-        """Return the best union of the stages before `stage`."""
+        """Return the best union of the stages before `stage` (from 1)."""
         if stage == 1:
             return synset.empty_set(self.real, self.canvas)
         folder = self.folder(stage - 1)
@@ -185,6 +188,22 @@ class Run:
         self.experts(first)
         self.union(first)
         synset.new_subset(self.real, self.options.ipc, self.options.pix_init, self.options.seed, first, self.canvas)
+
+    def warn(self):
+        """Say where the experts of the first stage to learn have seen pictures that are held out now."""
+        options = self.options
+        if options.select_on != "val":
+            return
+        folder = self.buffers(options.start_interval)
+        if options.start_interval > 1:
+            share = progressive.read_stage(folder).get("val_fraction", 0.0)
+        else:
+            share = held_out_share(folder)
+        if share < options.val_fraction:
+            report.say(
+                f"warning: {folder}: these experts have seen pictures that are held out now, so accuracies in a stage "
+                f"are too high; record experts with buffer_mtt.py --val_fraction {options.val_fraction:g}"
+            )
 
     def inputs(self):
         return {"data": self.options.data_path, "experts": self.buffers(self.options.start_interval)}
@@ -210,20 +229,21 @@ class Run:
 
     def stage(self, stage):
         """Learn the subset of `stage`, then make the experts of the next one."""
-        folder = self.folder(stage)
+        options, folder = self.options, self.folder(stage)
         known = progressive.read_stage(folder)
         if known.get("complete"):
+            self.union(stage + 1)
             report.say(
                 f"stage {stage}: done already, {known['best_accuracy']:.2f} % at iteration {known['best_iteration']}"
             )
             return
-        checkpoint = files.Checkpoint(folder / "checkpoint.pt", self.options.checkpoint_minutes)
+        checkpoint = files.Checkpoint(folder / "checkpoint.pt", options.checkpoint_minutes, vars(options), o.FREE)
         experts = self.experts(stage)
         if not known:
             best = self.learn(stage, folder, experts, checkpoint)
             known = {
                 "stage": stage,
-                "select_on": "test",
+                **progressive.selection(options),
                 "best_accuracy": best["accuracy"],
                 "best_iteration": best["iteration"],
                 "complete": False,
@@ -231,7 +251,7 @@ class Run:
             self.write_stage(folder, known)
             checkpoint.clear()
         report.say(f"stage {stage}: best {known['best_accuracy']:.2f} % at iteration {known['best_iteration']}")
-        if stage < self.options.num_intervals:
+        if stage < options.num_intervals:
             self.make_experts(stage, folder, experts, checkpoint)
             checkpoint.clear()
         self.write_stage(folder, known | {"complete": True})
@@ -287,8 +307,8 @@ class Run:
                     accuracy, std = self.evaluate(stage, iteration, synthetic, experts, checkpoint)
                     log.write(stage=stage, iteration=iteration, accuracy_mean=accuracy, accuracy_std=std)
                     progress.say(
-                        f"stage {stage}, iteration {iteration}: test accuracy {accuracy:.2f} ± {std:.2f} %, "
-                        f"syn_lr {float(syn_lr):.5f}"
+                        f"stage {stage}, iteration {iteration}: {progressive.SHOWN[options.select_on]} accuracy "
+                        f"{accuracy:.2f} ± {std:.2f} %, syn_lr {float(syn_lr):.5f}"
                     )
                     is_best = accuracy > best["accuracy"]
                     if is_best:
@@ -401,7 +421,7 @@ class Run:
 
                 done.append(
                     progressive.accuracies(
-                        made, options.num_eval, synthetic, recipe, self.real.test, options.seed, keys, checkpoint
+                        made, options.num_eval, synthetic, recipe, self.real.selection, options.seed, keys, checkpoint
                     )
                 )
         results = [accuracy for network in done for accuracy in network]
@@ -455,4 +475,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    distributed.run(main, MEMORY)

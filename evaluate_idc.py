@@ -19,6 +19,7 @@ SLOW_FROM = 5  # from this stage on (counted from 0) the learning rate is halved
 # Networks to evaluate with where none are named, by data set.
 POOL = ["self", "resnet10", "resnet18", "densenet"]
 POOLS = {"imagenet": ["self", "resnet18", "efficientnet"], "tiny-imagenet": ["self", "resnet18"], "digits": ["self"]}
+MEMORY = "--batch_size, other --eval_models or a smaller --width"  # lower it
 
 
 def parse():
@@ -65,6 +66,7 @@ def main():
     )
     real = idc.load_data(options, device)
     unions = [idc.load_union(folder, stage, real) for stage in stages]
+    select_on = progressive.selected_on([idc.read_summary(folder, stage) for stage in stages])
     contenders = [contender(options, real, unions, name) for name in options.eval_models]
     if options.dry_run:
         inputs = {"data": idc_options.data_folder(options)} | {f"stage {s}": idc.union_path(folder, s) for s in stages}
@@ -102,6 +104,7 @@ def main():
             contenders,
             {key: value for key, value in vars(options).items() if key not in free},
             versions(),
+            select_on,
         )
 
 
@@ -149,4 +152,4 @@ def contender(options, real, unions, name):
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    distributed.run(main, MEMORY)

@@ -20,6 +20,8 @@ from utils.reparam import FlatNetwork, set_flat
 from utils.runtime import choose_device, versions
 from utils.trajectories import Experts, find_buffers
 
+MEMORY = "--batch_train or a narrower --model"  # lower it
+
 
 def parse():
     parser = o.Parser(__doc__)
@@ -67,6 +69,7 @@ def main():
     for model in pool:
         o.check_network(model, real)
     unions = [synset.load_set(folder, device=device) for folder in folders]
+    select_on = progressive.selected_on([progressive.read_stage(folder) for folder in folders])
     for folder, union in zip(folders, unions, strict=True):
         synset.check_set(folder, union, real, options.canvas_size if options.texture else 1)
     if options.dry_run:
@@ -100,6 +103,7 @@ def main():
             [contenders.make(model) for model in pool],
             {key: value for key, value in vars(options).items() if key not in o.FREE},
             versions(),
+            select_on,
         )
 
 
@@ -167,4 +171,4 @@ class Contenders:
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    distributed.run(main, MEMORY)

@@ -1,6 +1,7 @@
 """Runs of the scripts that many tests look at, made once."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,25 @@ SHORT = ["--Iteration", "5", "--eval_it", "2", "--num_eval", "2", "--override_ep
 EXPERIMENT = "Digits_ConvNetW32_S_ipc1_max2_syn4_real2_img100.0_1e-05_0.03_increase"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--damage_table", help="write what tests/test_damage.py tried to this file, as Markdown")
+
+
+def pytest_configure(config):
+    config.damage_rows = []
+
+
+def pytest_sessionfinish(session):
+    path, rows = session.config.getoption("--damage_table"), session.config.damage_rows
+    if path:
+        lines = ["| script | input | damages | answer to the first |", "|---|---|---|---|"]
+        for script, name in dict.fromkeys(row[:2] for row in rows):
+            tried = [row[2:] for row in rows if row[:2] == (script, name)]
+            cells = (script, name, f"{len(tried)}: {', '.join(damage for damage, _ in tried)}", tried[0][1])
+            lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+        Path(path).write_text("\n".join([*lines, "", f"{len(rows)} inputs in all."]) + "\n")
+
+
 def run_script(script, *arguments, check=True, **options):
     """Run a script of the project (or `-m` and a module) as a user does; returns the finished process."""
     command = [sys.executable, script if script == "-m" else str(PROJECT / script), *map(str, arguments)]
@@ -55,7 +75,7 @@ def call(script, *arguments, capsys=None, monkeypatch=None):
     capsys.readouterr()
     status = 0
     try:
-        errors.run(module.main)
+        errors.run(module.main, module.MEMORY)
     except SystemExit as end:
         status = end.code
     return status, capsys.readouterr().err
@@ -123,6 +143,23 @@ def whitened(tmp_path_factory, cifar_tree):
     stages += ["--lr_lr", 0]  # random pixels teach no learning rate
     run_script("distill_mtt.py", *common, *stages, *SHORT, "--buffer_path", root / "b", "--root_log_dir", root / "l")
     return root / "l" / "CIFAR10" / "CIFAR10_ConvNetW32_S_ipc1_max2_syn2_real1_img1000.0_0.0_0.01_increase_zca"
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """The smallest runs of all scripts, uninterrupted (`tests.small.Reference`)."""
+    from tests import killer, small
+
+    root = tmp_path_factory.mktemp("reference")
+    made = small.Reference(root)
+    made.distilled.mkdir()
+    for script in (small.BUFFER, small.DISTILL, small.DISTILL_IDC, small.EVALUATE, small.EVALUATE_IDC):
+        place = made.evaluated if script.startswith("evaluate") else made.distilled
+        if place is made.evaluated and not place.exists():
+            shutil.copytree(made.distilled, place)
+        status, lines = killer.run(script, small.arguments(script, place))
+        assert status == 0, lines
+    return made
 
 
 @pytest.fixture(autouse=True)

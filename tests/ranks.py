@@ -75,4 +75,4 @@ def main():
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    distributed.run(main, "nothing")

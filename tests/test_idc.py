@@ -289,42 +289,6 @@ def test_published_files_of_another_shape_are_named(
     assert status == 2 and message.startswith(f"error: {path}: ") and re.search(words, message), message
 
 
-def change(index, function):
-    def damage(path):
-        value = torch.load(path, weights_only=True)
-        value[index] = function(value[index])
-        torch.save(value, path)
-
-    return damage
-
-
-@pytest.mark.parametrize(
-    "damage,words",
-    [
-        (lambda p: p.write_bytes(p.read_bytes()[:300]), "damaged"),
-        (lambda p: torch.save(torch.zeros(3), p), r"expected \[images"),
-        (change(0, lambda x: x[:, :, :4, :4]), "expected pictures 1x8x8 for Digits, found 1x4x4"),
-        (change(0, lambda x: x * float("nan")), "expected finite pixels"),
-        (change(1, lambda y: y.flip(0)), "expected 10 classes of equal size"),
-        (change(1, lambda y: y % 5), "expected 10 classes of equal size"),
-        (change(0, lambda x: x[:-1]), r"expected \[images"),
-        (lambda p: p.unlink(), "found no file"),
-    ],
-)
-def test_damaged_unions_are_named(damage, words, distilled, tmp_path, capsys, monkeypatch):
-    folder = tmp_path / "digits" / distilled.name
-    folder.mkdir(parents=True)
-    for path in distilled.glob("interval_*_data.pt"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    damage(folder / "interval_1_data.pt")
-    before = files_of(tmp_path)
-    base = [*SHORT, "--batch_real", 8, "--results", tmp_path]
-    for script, extra in ((D, ["--start-interval", 2]), (E, [])):
-        status, message = call(script, *base, *extra, capsys=capsys, monkeypatch=monkeypatch)
-        assert status == 2 and message.count("\n") == 1 and re.search(words, message), message
-    assert files_of(tmp_path) == before
-
-
 @pytest.mark.parametrize(
     "words,message",
     [

@@ -1,71 +1,89 @@
-"""A killed run, started again, ends with the files of an uninterrupted one, bit for bit."""
+"""A killed run, started again, ends with the files of an uninterrupted one, bit for bit.
 
-import json
+`PDD_KILLS` sets how often each script is killed by each signal: 10, so that each is killed 20 times; 50 in the longer
+mode, 100 times each.
+"""
+
 import os
-import shutil
 import signal
+import time
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import EXPERIMENT, EXPERTS, SHORT, STAGES, run_script
-from tests.killer import differing, run_killed
-from tests.test_idc import SHORT as IDC
+from tests import small
+from tests.killer import Start, differing, kill_often, run
 
-KILLS = int(os.environ.get("PDD_KILLS", "2"))  # of each script and signal; the longer mode sets 100
-SIGNALS = [signal.SIGKILL, signal.SIGTERM]
-
-
-@pytest.mark.parametrize("number", SIGNALS)
-def test_buffer(number, buffers, tmp_path):
-    arguments = [*EXPERTS, "--num_experts", 3, "--save_interval", 2, "--train_epochs", 4, "--buffer_path", tmp_path]
-    assert run_killed("buffer_mtt.py", arguments, KILLS, 1.0, number) > 0
-    assert differing(tmp_path, buffers) == []
+KILLS = int(os.environ.get("PDD_KILLS", "10"))
+SECONDS = 1.0  # longest time before a kill; the runs last some seconds, and their start some tenths
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_distill_mtt(number, buffers, distilled, tmp_path):
-    arguments = [*STAGES, *SHORT, "--buffer_path", buffers, "--root_log_dir", tmp_path]
-    assert run_killed("distill_mtt.py", arguments, KILLS, 3.0, number) > 0
-    reference = tmp_path / "reference"
-    shutil.copytree(
-        distilled, reference, ignore=lambda *_: ["accuracy.png", "net_ConvNetW32_0.pt", "net_ConvNetW32_1.pt"]
-    )
-    assert differing(tmp_path / "Digits" / EXPERIMENT, reference) == []
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("script", small.SCRIPTS)
+def test_killed_runs_continue(script, number, reference, tmp_path):
+    def begin(place):
+        reference.prepare(script, place)
+        return small.arguments(script, place)
+
+    def check(place):
+        assert differing(place / small.WRITES[script], reference.expected(script)) == []
+
+    kill_often(script, begin, KILLS, SECONDS, tmp_path, number, check)
 
 
-def test_evaluate_mtt(buffers, distilled, tmp_path):
-    shutil.copytree(distilled.parent, tmp_path / "Digits")
-    arguments = [*STAGES, "--num_experts", 2, "--num_eval", 2, "--epoch_eval_train", 20, "--full_epochs", 3,
-                 "--buffer_path", buffers, "--save_path", tmp_path]  # fmt: skip
-    report = tmp_path / "Digits" / EXPERIMENT / "report.json"
-    run_script("evaluate_mtt.py", *arguments)
-    expected = json.loads(report.read_text())
-    report.unlink()
-    assert run_killed("evaluate_mtt.py", arguments, KILLS, 2.0) > 0
-    found = json.loads(report.read_text())
-    assert found["models"] == expected["models"]
+def at_work(process):
+    """True where a process has a handler of its own for SIGTERM."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+    return int(status.split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1 == 1
 
 
-@pytest.fixture(scope="module")
-def idc(tmp_path_factory):
-    root = tmp_path_factory.mktemp("idc")
-    run_script("distill_idc.py", *IDC, "--batch_real", 8, "--results", root)
-    return root
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("script", small.SCRIPTS)
+def test_a_signal_saves_the_state_at_once(script, number, reference, tmp_path):
+    """With the default schedule, too, where no state would be saved for minutes."""
+    reference.prepare(script, tmp_path)
+    words = small.arguments(script, tmp_path)
+    longer = {"buffer_mtt.py": "--train_epochs", "evaluate_mtt.py": "--full_epochs"}.get(script, "--epochs")
+    longer = "--override_epoch_eval_train" if script == "distill_mtt.py" else longer
+    words[words.index(longer) + 1] = 2000
+    start = Start(script, words)
+    while not at_work(start.process.pid):
+        time.sleep(0.05)
+        assert start.process.is_alive(), start.wait()
+    time.sleep(0.05)  # the one for SIGINT is the next
+    start.kill(number)
+    status, lines = start.wait()
+    assert status == 128 + number and lines[-1].startswith(f"stopped: stopped by signal {int(number)}; state saved to ")
+    (saved,) = tmp_path.rglob("*checkpoint.pt")
+    assert f"{saved}; run the same command again to continue" in lines[-1]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_distill_idc(number, idc, tmp_path):
-    arguments = [*IDC, "--batch_real", 8, "--results", tmp_path]
-    assert run_killed("distill_idc.py", arguments, KILLS, 2.0, number) > 0
-    assert differing(tmp_path, idc) == []
+def test_a_signal_between_two_loops_is_not_lost(tmp_path, monkeypatch):
+    """It comes when the checkpoint of one stage is closed and that of the next is not there yet."""
+    from utils import files, runtime
+    from utils.errors import Interrupted
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        files.Checkpoint(tmp_path / "first.pt").clear()
+        os.kill(os.getpid(), signal.SIGTERM)
+        second = files.Checkpoint(tmp_path / "second.pt")
+        with pytest.raises(Interrupted), second.loop("work", 1, dict):
+            second.tick()
+        assert runtime.Signals.received is None and (tmp_path / "second.pt").exists()
+    finally:
+        for n, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
+            signal.signal(n, handler)
 
 
-def test_evaluate_idc(idc, tmp_path):
-    shutil.copytree(idc, tmp_path / "r")
-    arguments = [*IDC, "--batch_real", 8, "--results", tmp_path / "r", "--epochs", 20, "--full_epochs", 3]
-    run_script("evaluate_idc.py", *arguments)
-    (report,) = (tmp_path / "r").rglob("report.json")
-    expected = json.loads(report.read_text())
-    report.unlink()
-    assert run_killed("evaluate_idc.py", arguments, KILLS, 2.0) > 0
-    assert json.loads(report.read_text())["models"] == expected["models"]
+@pytest.mark.parametrize("script", small.SCRIPTS)
+def test_a_finished_command_changes_nothing(script, reference, tmp_path):
+    """It says so; an evaluation is made again and finds the same."""
+    reference.prepare(script, tmp_path)
+    words = small.arguments(script, tmp_path)
+    for _ in range(2):
+        assert run(script, words)[0] == 0
+        assert differing(tmp_path / small.WRITES[script], reference.expected(script)) == []

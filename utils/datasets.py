@@ -1,5 +1,7 @@
 """Real data: one tensor on the device, read from class folders or from the files of a data set's authors."""
 
+import contextlib
+import copy
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -10,9 +12,11 @@ import torch
 from utils import distributed, files, imagenet, originals, zca
 from utils.errors import UserError
 from utils.pictures import CACHE, Form, from_folders, note_no_cache
+from utils.runtime import stream
 
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SPLIT_SEED = 0  # of the held-out pictures, whatever the seed of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,12 @@ class Source:
             images = images.sub(self.mean).div_(self.std)
         return images, self.labels[index]
 
+    def subset(self, index):
+        """Return the `Source` of the pictures at `index` (an int64 tensor)."""
+        part = copy.copy(self)
+        part.images, part.labels = self.images[index], self.labels[index]
+        return part
+
 
 class RealData:
     """A data set on a device.
@@ -78,6 +88,7 @@ class RealData:
     Attributes:
         name, num_classes, channel, im_size, class_names: what it is; im_size in pixels.
         train, test: `Source`s.
+        selection: `Source` that accuracies inside a stage are measured on: `test`, or pictures `held_out` of `train`.
     """
 
     def __init__(self, name, pictures, device, whitening=None, statistics=None):
@@ -89,8 +100,41 @@ class RealData:
         self.whitening = whitening
         self.train = self._source(pictures.train_images, pictures.train_labels, device)
         self.test = self._source(pictures.test_images, pictures.test_labels, device)
+        self.selection = self.test
         labels = pictures.train_labels
         self.class_indices = [np.flatnonzero(labels == label) for label in range(self.num_classes)]
+
+    def held_out(self, fraction):
+        """Return these data with a share of each class's training pictures moved from `train` to `selection`.
+
+        The pictures are the same for every seed, and those of a smaller share are among those of a larger one. ZCA
+        whitening stays that of all training pictures, so that results are in the same space as others.
+
+        Args:
+            fraction: share of the training pictures, 0 to 1; 0 moves none.
+
+        Raises:
+            UserError: it leaves a class without pictures on one of the two sides.
+        """
+        if not fraction:
+            return self
+        kept, held = [], []
+        for label, indices in enumerate(self.class_indices):
+            count = round(fraction * len(indices))
+            if not 0 < count < len(indices):
+                raise UserError(
+                    f"--val_fraction {fraction:g}: expected a share that holds out some of the {len(indices)} training "
+                    f"pictures of class {self.class_names[label]!r} and keeps some, found {count} held out; change it"
+                )
+            order = stream(SPLIT_SEED, "held out", label).permutation(indices)
+            held.append(order[:count])
+            kept.append(order[count:])
+        view, device = copy.copy(self), self.train.labels.device
+        kept, held = (torch.from_numpy(np.sort(np.concatenate(parts))).to(device) for parts in (kept, held))
+        view.train, view.selection = self.train.subset(kept), self.train.subset(held)
+        labels = view.train.labels.cpu().numpy()
+        view.class_indices = [np.flatnonzero(labels == label) for label in range(self.num_classes)]
+        return view
 
     def _source(self, images, labels, device):
         labels = torch.from_numpy(np.array(labels, dtype=np.int64)).to(device)
@@ -159,7 +203,8 @@ def _whitening(images, data_path, device):
     key = hashlib.sha1(np.ascontiguousarray(images)).hexdigest()[:16]
     path = Path(data_path) / CACHE / f"zca-{key}.pt"
     if path.exists():
-        return zca.restore(files.load(path, "a cached ZCA transform"), device)
+        with contextlib.suppress(UserError):  # a damaged cache is made anew
+            return zca.restore(files.load(path, "a cached ZCA transform"), images[0].size, device)
     whitening = zca.fit(torch.from_numpy(np.ascontiguousarray(images)).to(device).float() / 255)
     try:
         files.save(path, zca.state(whitening))

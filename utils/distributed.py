@@ -29,13 +29,13 @@ MEETING = datetime.timedelta(minutes=5)  # to find the other processes at the st
 LOST = ("onnection", "roken pipe", "imed out", "timeout", "emote process", "ocket")
 
 
-def run(main):
+def run(main, memory):
     """Run a script's `main` in every process of torchrun, or as it is without; ends as `errors.run` says.
 
-    Of several ranks that fail, the first one alone says why.
+    Of several ranks that fail, the first one alone says why. Arguments as for `errors.run`.
     """
     if not dist.is_torchelastic_launched():
-        run_alone(main)
+        run_alone(main, memory)
         return
     store, number, count = next(dist.rendezvous("env://", timeout=MEETING))
     store = _meet(store, number, count)
@@ -51,7 +51,7 @@ def run(main):
 
     status = 0
     try:
-        run_alone(main, speaks)
+        run_alone(main, memory, speaks)
     except SystemExit as end:
         status = end.code or 0
     # Taking the group apart would wait for ranks that are gone, and can abort where another one is quicker.

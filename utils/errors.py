@@ -4,7 +4,19 @@ import errno
 import os
 import sys
 
-UNWRITABLE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+WRITING = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+PLACES = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
+MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 class UserError(Exception):
@@ -34,17 +46,20 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def run(main, speaks=lambda: True):
+def run(main, memory="smaller minibatches", speaks=lambda: True):
     """Run a script's `main` and end the process the documented way.
 
-    Exit status 0 on success; 2 with one line on stderr for a `UserError`, a full disk or too little memory on the
-    device; 128 + signal number for an interruption; 1 where another process of the job ended. Anything else is a
-    fault of the program and keeps its traceback.
+    Exit status 0 on success; 2 with one line on stderr for a `UserError`, a full disk, a path that cannot be used or
+    too little memory; 128 + signal number for an interruption; 1 where another process of the job ended. Anything
+    else is a fault of the program and keeps its traceback.
 
     Args:
         main: function without arguments.
+        memory: the script's options that lower its memory, in words.
         speaks: asked before a message; False where another process of the same job has given one.
     """
+
+    sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be valid text
 
     def end(message, status, kind="error"):
         sys.stdout.flush()
@@ -71,7 +86,9 @@ def run(main, speaks=lambda: True):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        if isinstance(error, OSError) and error.errno in PLACES:
+            end(f"{error.filename or 'a path'}: cannot be used ({error.strerror}); check it or choose another", 2)
+        if isinstance(error, OSError) and error.errno in WRITING:
             end(
                 f"cannot write {error.filename or 'a file'}: {error.strerror}; "
                 "files written before are intact: make room or choose another folder, "
@@ -79,11 +96,7 @@ def run(main, speaks=lambda: True):
                 2,
             )
         if is_out_of_memory(error):
-            end(
-                f"the device has too little memory ({one_line(error)[:120]}); lower it with --kept_steps 0, "
-                "--slice_size, --batch_syn, --batch_train or a narrower --model",
-                2,
-            )
+            end(f"too little memory ({one_line(error)[:120]}); lower what is needed with {memory}", 2)
         if speaks():
             raise
         sys.exit(1)
@@ -91,6 +104,5 @@ def run(main, speaks=lambda: True):
 
 def is_out_of_memory(error):
     """True where `error` says that a device or the host has no memory left."""
-    return isinstance(error, RuntimeError) and (
-        type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)
-    )
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY))

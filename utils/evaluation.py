@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from utils import distributed, progressive, report, training
+from utils import distributed, files, progressive, report, training
 from utils.errors import UserError
 
 
@@ -58,7 +58,7 @@ class Evaluation:
             )
 
     def run(self, contenders, key):
-        """Evaluate all `contenders`; `key` names the options that a continued run must share.
+        """Evaluate all `contenders`; `key` names the options and data that a continued run must share.
 
         Returns:
             {name: {"stages", "random", "full"}}, accuracies in percent.
@@ -69,7 +69,6 @@ class Evaluation:
             for contender in contenders:
                 if contender.name not in models:
                     models[contender.name] = self.evaluate(contender)
-        self.checkpoint.clear()
         return models
 
     def evaluate(self, contender):
@@ -156,7 +155,7 @@ class Evaluation:
         return runs
 
 
-def evaluate_and_report(folder, dataset, evaluation, contenders, options, versions):
+def evaluate_and_report(folder, dataset, evaluation, contenders, options, versions, select_on):
     """Run an evaluation; writes report.json and accuracy.png into `folder` and prints the table.
 
     Args:
@@ -166,12 +165,15 @@ def evaluate_and_report(folder, dataset, evaluation, contenders, options, versio
         contenders: list of `Contender`s; the first one's rows stand at the top of the report.
         options: dict of the options that change the results.
         versions: dict of versions.
+        select_on: what accuracies inside the stages were measured on (`progressive.selected_on`).
     """
-    models = evaluation.run(contenders, sorted(options.items()))
+    unions = [files.digest([source.images, source.labels]) for source in evaluation.sources]
+    models = evaluation.run(contenders, (sorted(options.items()), unions))
     first = contenders[0].name
     result = {
         "dataset": dataset,
         "model": first,
+        "select_on": select_on,
         **models[first],
         "models": models,
         "config": {**options, "versions": versions},
@@ -179,3 +181,4 @@ def evaluate_and_report(folder, dataset, evaluation, contenders, options, versio
     if distributed.is_first():
         picture = report.write_report(folder, result)
         report.show(f"{report.table(result)}\nreport: {folder / 'report.json'}\npicture: {picture}")
+    evaluation.checkpoint.clear()

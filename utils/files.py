@@ -1,7 +1,9 @@
 """Files that are whole or not there: atomic saving, safe loading, run folders and checkpoints."""
 
 import contextlib
+import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -32,9 +34,11 @@ def atomic(path, mode="wb"):
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Text may hold paths, and paths need not be valid text.
+    coding = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode) as file:
+        with open(temporary, mode, **coding) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -79,7 +83,8 @@ def load(path, what="a file written by torch.save", mmap=False):
     try:
         if not path.is_file():
             raise UserError(f"{path}: expected {what}, found {'a folder' if path.is_dir() else 'no file'}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        mmap = mmap and zipfile.is_zipfile(path) and str(path).isprintable()  # PyTorch maps no names that are no text
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         text = str(error)
         if "Unsupported" in text or "GLOBAL" in text or "WeightsUnpickler" in text:
@@ -88,15 +93,38 @@ def load(path, what="a file written by torch.save", mmap=False):
                 "refused, since loading it is unsafe"
             ) from None
         raise UserError(f"{path}: expected {what}, found something else or a damaged file; make it anew") from None
-    except OSError as error:
-        raise UserError(f"{path}: expected {what}, but it cannot be read ({error.strerror}); check it") from None
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a cut-off archive leads to
+            raise UserError(f"{path}: expected {what}, but it cannot be read ({error.strerror}); check it") from None
         # A damaged archive surfaces as whatever the parser stumbled over (RuntimeError, EOFError, KeyError, …).
         raise UserError(
             f"{path}: expected {what}, found a damaged or cut-off file ({one_line(error)[:80]}); make it anew"
         ) from None
+
+
+def digest(value):
+    """Return the SHA-256 (hexadecimal) of nested dicts, lists and tuples of tensors, numbers and strings."""
+    total = hashlib.sha256()
+
+    def add(part):
+        if isinstance(part, torch.Tensor):
+            total.update(f"tensor {part.dtype} {tuple(part.shape)};".encode())
+            total.update(part.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(part, dict):
+            total.update(f"dict {len(part)};".encode())
+            for item in part.items():
+                add(item)
+        elif isinstance(part, (list, tuple)):
+            total.update(f"{type(part).__name__} {len(part)};".encode())
+            for item in part:
+                add(item)
+        else:
+            total.update(f"{part!r};".encode())
+
+    add(value)
+    return total.hexdigest()
 
 
 def write_json(path, value):
@@ -106,20 +134,32 @@ def write_json(path, value):
         file.write("\n")
 
 
-def read_json(path, what="a JSON file"):
+def read_json(path, what="a JSON file", holds=None):
     """Return the JSON object in `path`.
 
+    Args:
+        path: the file.
+        what: what the file should be, for the message.
+        holds: {key: type or types} that the object must have.
+
     Raises:
-        UserError: the file is missing or not a JSON object.
+        UserError: the file is missing, not a JSON object, or one without these keys.
     """
     try:
-        value = json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: expected {what}, but it cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: expected {what}, found something else ({one_line(error)[:80]})") from None
+        raise UserError(f"{path}: expected {what}, but it cannot be read ({error.strerror}); check it") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: expected {what}, found something else ({one_line(error)[:80]}); move it away"
+        ) from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected {what} holding one object, found {type(value).__name__}")
+        raise UserError(f"{path}: expected {what} holding one object, found {type(value).__name__}; move it away")
+    for key, types in (holds or {}).items():
+        if not isinstance(value.get(key), types):
+            raise UserError(
+                f'{path}: expected {what} with "{key}", found {one_line(repr(value.get(key)))[:40]}; move it away'
+            )
     return value
 
 
@@ -153,7 +193,7 @@ def _locked_here(folder, name, shared, patience):
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
                 break
-            except OSError:
+            except BlockingIOError:
                 if time.monotonic() < until:
                     time.sleep(0.2)
                     continue
@@ -162,11 +202,12 @@ def _locked_here(folder, name, shared, patience):
                 ) from None
         if name == LOCK and not shared:
             for leftover in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
-                leftover.unlink(missing_ok=True)
+                if leftover.is_file():
+                    leftover.unlink(missing_ok=True)
         yield
 
 
-def claim(folder, options, free=(), name=CONFIG):
+def claim(folder, options, free=(), name=CONFIG, since=None):
     """Tie `folder` to the options of this run: write its config file, or compare with the one that is there.
 
     Args:
@@ -174,6 +215,7 @@ def claim(folder, options, free=(), name=CONFIG):
         options: dict of all options.
         free: names of options that may change between a run and its continuation.
         name: of the config file.
+        since: {option: value} of options that older folders do not name, and how these were made.
 
     Raises:
         UserError: the folder belongs to a run with other options; the message names them.
@@ -181,21 +223,21 @@ def claim(folder, options, free=(), name=CONFIG):
     path = Path(folder) / name
     options = json.loads(json.dumps(options))
     if path.exists():
-        before = read_json(path, "the options of the run in this folder").get("options")
-        if not isinstance(before, dict):
-            raise UserError(f'{path}: expected an object "options", found none; move the folder away')
-        differing = [
-            f"{key} {before[key]} there, {options[key]} now"
-            for key in options
-            if key not in free and key in before and before[key] != options[key]
-        ]
-        if differing:
+        before = read_json(path, "the options of the run in this folder", {"options": dict})["options"]
+        found = differing((since or {}) | before, options, free)
+        if found:
             raise UserError(
-                f"{folder} holds a run with other options ({'; '.join(differing)}); "
-                "repeat its options to continue it, or choose another folder or --tag"
+                f"{folder} holds a run with other options ({found}); repeat its options to continue it, or choose "
+                "another folder or --tag"
             )
     else:
         write_json(path, {"options": options, "versions": versions()})
+
+
+def differing(before, now, free=()):
+    """Return in words where two dicts of options differ in what both hold, but for the names in `free`."""
+    names = [name for name in now if name not in free and name in before and before[name] != now[name]]
+    return "; ".join(f"{name} {before[name]} there, {now[name]} now" for name in names)
 
 
 def need_disk(folder, wanted, what):
@@ -204,7 +246,7 @@ def need_disk(folder, wanted, what):
     Raises:
         UserError: there is less.
     """
-    place = Path(folder).resolve()
+    place = Path(os.path.realpath(folder))
     while not place.exists():
         place = place.parent
     stat = os.statvfs(place)
@@ -236,11 +278,17 @@ class Checkpoint:
     Args:
         path: of the checkpoint file, None to keep nothing (the loops still work).
         minutes: between two saves.
+        options: dict of the options of the run; a file of a run with others is refused.
+        free: names of those that may differ.
         whole: the checkpoint that this is a part of; None for that of all ranks.
+
+    Raises:
+        UserError: the file is damaged, was changed, or is another run's.
     """
 
-    def __init__(self, path=None, minutes=10.0, whole=None):
+    def __init__(self, path=None, minutes=10.0, options=None, free=(), whole=None):
         self.path = Path(path) if path else None
+        self.options, self.free = json.loads(json.dumps(options or {})), free
         self.seconds = minutes * 60
         self.last = time.monotonic()
         self.slots = {}
@@ -248,11 +296,28 @@ class Checkpoint:
         self.signals = whole.signals if whole else Signals() if path else None
         self.saved = {}
         if self.path and self.path.exists():
-            self.saved = load(self.path, "the checkpoint of an interrupted run")
+            self.saved = self._load()
         elif whole:
             self.saved = dict(whole.saved)  # one process, which needs no parts, may have been on this work
         if self.path and not whole:
             distributed.wait()  # until all have read it, nobody writes it
+
+    def _load(self):
+        what = "the state of an interrupted run"
+        found = load(self.path, what)
+        found = found if isinstance(found, dict) else {}
+        parts = [found.get(name) for name in ("options", "slots")]
+        if not all(isinstance(part, dict) for part in parts) or found.get("digest") != digest(parts):
+            raise UserError(
+                f"{self.path}: expected {what}, found something else or a changed file; delete it to begin this part "
+                "of the run anew"
+            )
+        if other := differing(parts[0], self.options, self.free):
+            raise UserError(
+                f"{self.path}: expected {what}, found that of another run ({other}); delete it to begin this part of "
+                "the run anew"
+            )
+        return parts[1]
 
     @contextlib.contextmanager
     def loop(self, name, key, state):
@@ -293,6 +358,7 @@ class Checkpoint:
         if stop is not None:
             if not self.whole:
                 distributed.wait()  # torchrun ends the others when the first one does
+            self.signals.take()
             raise Interrupted(stop, (self.whole or self).path)
 
     def save(self):
@@ -300,7 +366,11 @@ class Checkpoint:
         self.last = time.monotonic()
         if self.path and (self.whole or distributed.is_first()):
             # Slots of an interrupted run that no loop has reached yet belong to the same turn: keep them.
-            save(self.path, self.saved | {name: state() for name, state in self.slots.items()})
+            self._write(self.saved | {name: state() for name, state in self.slots.items()})
+
+    def _write(self, slots):
+        parts = {"options": self.options, "slots": slots}
+        save(self.path, parts | {"digest": digest(list(parts.values()))})
 
     def clear(self):
         """Remove the file and its parts: their work is complete and stands in the results."""
@@ -356,7 +426,7 @@ class Checkpoint:
         found = {}
         for task, path in places.items():
             if path.exists():
-                part = load(path, "a part of the checkpoint of an interrupted run")
+                part = Checkpoint(path, options=self.options, free=self.free, whole=self).saved
                 if "result" in part:
                     found[task] = part["result"]
         return found
@@ -370,14 +440,14 @@ class Checkpoint:
         """Return the checkpoint for one task; on its own and with nothing on disk, a process needs no part."""
         if not self.path or (distributed.size() == 1 and not path.exists()):
             return self
-        return Checkpoint(path, self.seconds / 60, whole=self)
+        return Checkpoint(path, self.seconds / 60, self.options, self.free, whole=self)
 
     def finish(self, result):
         """Put the result of a part in the place of its state."""
         if result is None:
             self.path.unlink(missing_ok=True)
         else:
-            save(self.path, {"result": result})
+            self._write({"result": result})
 
 
 class Metrics:
@@ -386,23 +456,58 @@ class Metrics:
     Args:
         path: of the file.
         rows: how many rows of an existing file to keep; later ones are written again by the continued run.
+
+    Raises:
+        UserError: the existing file has fewer rows, or other lines.
     """
 
     def __init__(self, path, rows=0):
         self.path = Path(path)
         self.rows = rows
-        kept = []
-        if rows and self.path.exists():
-            kept = self.path.read_text().splitlines(keepends=True)[:rows]
+        kept = read_rows(self.path, rows) if rows else []
         with atomic(self.path, "w") as file:
-            file.writelines(kept)
-        self.file = open(self.path, "a")  # noqa: SIM115 - stays open as long as the run
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - stays open as long as the run
 
     def write(self, **row):
-        """Append one row; it is on its way to the disk when this returns."""
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        """Append one row; it is on its way to the disk when this returns.
+
+        Raises:
+            OSError: it cannot be written; the file is as it was before.
+        """
+        before = self.file.tell()
+        line = (json.dumps(row) + "\n").encode()
+        try:
+            while line:
+                line = line[self.file.write(line) :]
+        except OSError as error:
+            self.file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.rows += 1
 
     def close(self):
         self.file.close()
+
+
+def read_rows(path, count=None):
+    """Return the rows of a metrics file, a list of dicts; the first `count` where it is given.
+
+    Raises:
+        UserError: there are fewer, or lines of something else than numbers.
+    """
+    path = Path(path)
+    try:
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()[:count]]
+        good = all(isinstance(row, dict) and all(isinstance(v, (int, float)) for v in row.values()) for row in rows)
+    except OSError as error:
+        raise UserError(f"{path}: expected rows of measurements, but it cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        good = False
+    if not good or (count is not None and len(rows) < count):
+        wanted = "rows" if count is None else f"{count} rows at least"
+        found = f"{len(rows)} rows" if good else "something else"
+        raise UserError(
+            f"{path}: expected {wanted} of measurements of an interrupted run, found {found}; put the file back, or "
+            "delete it and the checkpoint beside it to begin the stage anew"
+        )
+    return rows

@@ -1,6 +1,5 @@
 """What distillation and evaluation of PDD+IDC share: data, networks, their files."""
 
-import json
 from pathlib import Path
 
 import networks
@@ -82,7 +81,8 @@ def floats_of(network):
 def pretrained_path(options, number):
     """Return the file of pretrained network `number`."""
     folder = Path("pretrained") / idc_options.place(options) / idc_options.model_tag(options)
-    return folder / f"network_{number}_epoch{options.pt_from}.pt"
+    held_out = f"_val{options.val_fraction:g}" if options.select_on == "val" else ""
+    return folder / f"network_{number}_epoch{options.pt_from}{held_out}.pt"
 
 
 def load_pretrained(options, real, number):
@@ -98,7 +98,10 @@ def load_pretrained(options, real, number):
         )
     network = build_network(options, real)
     try:
-        network.load_state_dict(files.load(path, "a pretrained network"))
+        saved = files.load(path, "a pretrained network")
+        network.load_state_dict(saved)
+        if not all(bool(value.isfinite().all()) for value in saved.values()):
+            raise UserError(f"{path}: expected finite parameters, found NaN or infinity; make it anew with --pretrain")
     except (RuntimeError, TypeError, AttributeError):
         raise UserError(
             f"{path}: expected a network {idc_options.model_tag(options)}, found another; make it anew with --pretrain"
@@ -106,8 +109,25 @@ def load_pretrained(options, real, number):
     return network.to(real.train.images.device)
 
 
+def summary_path(folder, stage):
+    """Return the file that says that `stage` (from 0) is complete."""
+    return Path(folder) / f"interval_{stage}.json"
+
+
+def read_summary(folder, stage):
+    """Return what is known of a complete stage (from 0), {} where there is no file: before its end, or published.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = summary_path(folder, stage)
+    return files.read_json(path, "the summary of a finished stage", {"complete": bool}) if path.exists() else {}
+
+
 def write_arguments(folder, options):
-    """Write args.txt: one line for each option."""
+    """Write args.txt: one line for each option, as the run began."""
+    if (Path(folder) / "args.txt").exists():
+        return
     with files.atomic(Path(folder) / "args.txt", "w") as file:
         file.writelines(f"{name}: {value}\n" for name, value in vars(options).items())
 
@@ -116,7 +136,7 @@ def write_log(folder):
     """Write log.txt: the rows of all stages' metrics as plain lines."""
     lines = []
     for path in sorted(Path(folder).glob("interval_*_metrics.jsonl"), key=lambda p: int(p.name.split("_")[1])):
-        for row in map(json.loads, path.read_text().splitlines()):
+        for row in files.read_rows(path):
             lines.append("  ".join(f"{name} {value:.6g}" for name, value in row.items()) + "\n")
     with files.atomic(Path(folder) / "log.txt", "w") as file:
         file.writelines(lines)

@@ -149,6 +149,24 @@ def add_augmentation(group):
     group.add_argument("--dsa_strategy", type=strategy, default=DSA_STRATEGY, help="its entries, joined by _")
 
 
+def add_selection(group):
+    """Declare the pictures that accuracies inside a stage are measured on."""
+    group.add_argument(
+        "--select_on",
+        choices=("test", "val"),
+        default="test",
+        help="accuracies inside a stage: on the test set, as published, or on held-out training pictures",
+    )
+    group.add_argument(
+        "--val_fraction", type=FRACTION, default=0.1, help="share of the training pictures held out by --select_on val"
+    )
+
+
+def select(options, real):
+    """Return `real` with the pictures held out that --select_on asks for."""
+    return real.held_out(options.val_fraction) if options.select_on == "val" else real
+
+
 def add_machine(parser, minutes=True):
     """Declare device, seed and how the run reports and saves itself; returns the group."""
     group = parser.add_argument_group("machine")

@@ -44,7 +44,8 @@ class Pictures:
 def note_no_cache(path, error):
     """Tell that nothing could be kept at `path`."""
     if distributed.is_first():
-        print(f"note: nothing cached at {path} ({error.strerror}); the next start takes as long", file=sys.stderr)
+        reason = error.strerror or one_line(error)  # NumPy's own have no number
+        print(f"note: nothing cached at {path} ({reason}); the next start takes as long", file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,10 +206,15 @@ def _cached(cache, fingerprint):
         if about["fingerprint"] != fingerprint:
             return None
         statistics = about.get("statistics")
+        statistics = tuple(tuple(map(float, values)) for values in statistics) if statistics else None
         arrays = [np.load(cache / f"{name}.npy", mmap_mode="c", allow_pickle=False) for name in ARRAYS]
-        return arrays, tuple(map(tuple, statistics)) if statistics else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    fit = all(
+        images.ndim == 4 and images.dtype == np.uint8 and labels.dtype == np.int64 and labels.shape == images.shape[:1]
+        for images, labels in (arrays[:2], arrays[2:])
+    )
+    return (arrays, statistics) if fit and arrays[0].shape[1:] == arrays[2].shape[1:] else None
 
 
 def _decode_into_cache(cache, fingerprint, parts, form):
@@ -221,6 +227,8 @@ def _decode_into_cache(cache, fingerprint, parts, form):
             shape = (len(paths), form.channel, form.im_size, form.im_size)
             target = making / f"{part}_images.npy"
             np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape).flush()
+            with open(target, "r+b") as file:  # a disk that is full must say so here: writing into a map would kill
+                os.posix_fallocate(file.fileno(), 0, target.stat().st_size)
             _decode(paths, form, target)
             np.save(making / f"{part}_labels.npy", np.array(labels, dtype=np.int64))
         about = {"fingerprint": fingerprint}

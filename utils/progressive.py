@@ -14,6 +14,8 @@ from utils.runtime import stream
 from utils.trajectories import Recorder
 
 STAGE = "stage.json"
+SHOWN = {"test": "test", "val": "held-out"}  # accuracies by --select_on
+SINCE = {"select_on": "test"}  # how folders were made that do not name it
 
 
 def experiment_name(options):
@@ -80,9 +82,29 @@ def find_stages(experiment, stages, names=None):
 
 
 def read_stage(folder):
-    """Return what is known of a stage's progress: {} before its end, else the contents of its stage.json."""
+    """Return what is known of a stage's progress: {} before its end, else the contents of its stage.json.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = Path(folder) / STAGE
-    return files.read_json(path, "the summary of a finished stage") if path.exists() else {}
+    holds = {"select_on": str, "best_accuracy": (int, float), "best_iteration": int, "complete": bool}
+    return files.read_json(path, "the summary of a finished stage", holds) if path.exists() else {}
+
+
+def selection(options):
+    """Return what a stage's summary says of the pictures that its accuracies were measured on."""
+    held_out = {"val_fraction": options.val_fraction} if options.select_on == "val" else {}
+    return {"select_on": options.select_on, **held_out}
+
+
+def selected_on(summaries):
+    """Return the `select_on` of a report: test, val, unknown, or several of them joined by commas.
+
+    Args:
+        summaries: what the stages' files say, {} for published results.
+    """
+    return ", ".join(sorted({known.get("select_on", "unknown") for known in summaries}))
 
 
 def idc_recipe(options, epochs, real_pictures=False, lr_factor=1.0):
@@ -129,7 +151,7 @@ def accuracies(make_network, count, synthetic, recipe, test, seed, keys, checkpo
         make_network: function of k returning network k at its start.
         synthetic: `SyntheticSet`.
         recipe: `Recipe`.
-        test: `Source` to test on.
+        test: `Source` to measure accuracies on.
         seed, keys: of the random streams; network k adds k.
         checkpoint: `Checkpoint`.
 

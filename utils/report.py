@@ -10,6 +10,8 @@ from tqdm import tqdm
 import utils.options as o
 from utils import distributed, errors, files
 
+SELECTED = {"test": "the test set", "val": "held-out training pictures", "unknown": "unknown (nothing says it)"}
+
 
 class Progress:
     """A progress bar on a terminal; plain one-line logs every few seconds elsewhere. Both go to stderr, of rank 0.
@@ -138,6 +140,8 @@ def table(report):
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
+    if "select_on" in report:
+        lines.append(f"selected on: {', '.join(SELECTED.get(name, name) for name in report['select_on'].split(', '))}")
     return "\n".join(lines)
 
 

@@ -100,19 +100,25 @@ class Signals:
     """Remembers SIGTERM and SIGINT, so that a loop can finish its step and save before it stops.
 
     A second signal of the same kind ends the process at once; not so under torchrun, which passes on what a cluster
-    has already sent to every process.
+    has already sent to every process. Signals belong to the process: what one object was told, all know.
     """
 
     received = None
 
     def __init__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+        if Signals.received is None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._remember)
 
     def _remember(self, number, _frame):
-        self.received = number
+        Signals.received = number
         if distributed.size() == 1:
             signal.signal(number, signal.SIG_DFL)
+
+    def take(self):
+        """Return the number of the signal that came, once; None where none came."""
+        number, Signals.received = Signals.received, None
+        return number
 
 
 def versions():

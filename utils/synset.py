@@ -188,6 +188,7 @@ def read_union(path):
     """
     value = files.load(path, "a union [images, labels]")
     good = isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, torch.Tensor) for v in value)
+    good = good and value[0].is_floating_point() and not value[1].is_floating_point()
     if not good or value[0].dim() != 4 or value[1].dim() != 1 or len(value[0]) != len(value[1]):
         raise UserError(f"{path}: expected [images (N, C, H, W), labels (N,)], found something else; make it anew")
     images, labels = value[0].detach().float(), value[1].detach().long()

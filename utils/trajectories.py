@@ -15,6 +15,7 @@ from utils.errors import UserError
 from utils.reparam import flatten
 
 PARTIAL = "partial"
+BUFFER = "buffer.json"  # the options of the experts beside it
 
 
 def buffer_folder(buffer_path, place, model, zca):
@@ -54,6 +55,17 @@ def buffer_files(folder):
     return [found[number] for number in sorted(found)]
 
 
+def held_out_share(folder):
+    """Return the share of the training pictures that the experts recorded in `folder` never saw (--val_fraction)."""
+    path = Path(folder) / BUFFER
+    if not path.exists():  # published ones
+        return 0.0
+    share = files.read_json(path, "the options of the experts", {"options": dict})["options"].get("val_fraction", 0.0)
+    if not isinstance(share, (int, float)):
+        raise UserError(f"{path}: expected a number val_fraction, found {share!r}; move it away")
+    return share
+
+
 def load_buffer(path, mmap=True):
     """Load one replay buffer.
 
@@ -61,17 +73,24 @@ def load_buffer(path, mmap=True):
         UserError: it is damaged or not a list of trajectories.
     """
     trajectories = files.load(path, "a replay buffer", mmap=mmap)
-
-    def holds(value, each):
-        return isinstance(value, list) and len(value) > 0 and all(each(item) for item in value)
-
-    def is_entry(value):
-        return holds(value, lambda tensor: isinstance(tensor, torch.Tensor))
-
-    good = holds(trajectories, lambda trajectory: holds(trajectory, is_entry))
-    if not good:
+    if not _holds(trajectories, _is_trajectory):
         raise UserError(f"{path}: expected a replay buffer (a list of trajectories), found something else")
     return trajectories
+
+
+def _load_part(path):
+    trajectory = files.load(path, "a recorded expert")
+    if not _is_trajectory(trajectory):
+        raise UserError(f"{path}: expected a recorded expert (a trajectory), found something else; delete it")
+    return trajectory
+
+
+def _holds(value, each):
+    return isinstance(value, list) and len(value) > 0 and all(each(item) for item in value)
+
+
+def _is_trajectory(value):
+    return _holds(value, lambda entry: _holds(entry, lambda t: isinstance(t, torch.Tensor) and t.is_floating_point()))
 
 
 class Experts:
@@ -177,6 +196,9 @@ class Recorder:
         folder: of the replay buffers.
         count: experts wanted.
         group: trajectories of one replay buffer (save_interval); the last one may have fewer.
+
+    Raises:
+        UserError: a file of the folder is damaged.
     """
 
     def __init__(self, folder, count, group):
@@ -184,6 +206,8 @@ class Recorder:
         self.stored = {}
         for path in buffer_files(folder):
             self.stored[int(re.search(r"\d+", path.name)[0])] = len(load_buffer(path))
+        for part in (self.folder / PARTIAL).glob("expert_*.pt"):
+            _load_part(part)
 
     def missing(self):
         """Return the numbers of the experts that are not on disk yet."""
@@ -211,7 +235,7 @@ class Recorder:
             if parts and all(part.exists() for part in parts):
                 path = self.folder / f"replay_buffer_{number}.pt"
                 whole = load_buffer(path, mmap=False) if stored else []
-                whole += [files.load(part, "a recorded expert") for part in parts]
+                whole += [_load_part(part) for part in parts]
                 files.save(path, whole)
                 self.stored[number] = len(whole)
                 for part in parts:

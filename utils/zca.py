@@ -2,6 +2,8 @@
 
 import torch
 
+from utils.errors import UserError
+
 
 def fit(images):
     """Fit ZCA whitening on pictures.
@@ -26,8 +28,17 @@ def state(whitening):
     return {name: getattr(whitening, name).cpu() for name in names}
 
 
-def restore(saved, device):
-    """Return the whitening that `state` described, on `device`."""
+def restore(saved, values, device):
+    """Return the whitening that `state` described, on `device`, for pictures of `values` numbers.
+
+    Raises:
+        UserError: it is of other pictures, or damaged.
+    """
+    shapes = {"mean_vector": (1, values), "transform_matrix": (values, values), "transform_inv": (values, values)}
+    tensors = saved if isinstance(saved, dict) else {}
+    good = [isinstance(t, torch.Tensor) and bool(t.isfinite().all()) and tuple(t.shape) for t in tensors.values()]
+    if dict(zip(tensors, good, strict=True)) != shapes:
+        raise UserError(f"expected a ZCA transform for {values} numbers, found something else")
     from kornia.enhance import ZCAWhitening
 
     whitening = ZCAWhitening(eps=0.1, compute_inv=True)
