@@ -12,7 +12,7 @@ import torch
 import urllib3
 
 from tests.conftest import EXPERIMENT, STAGES, call, files_of, run_script
-from tests.test_bad_input import Malice, cut
+from tests.test_damage import RAN, Malice, cut
 from utils import download
 from utils.synset import load_distilled
 
@@ -166,7 +166,7 @@ def test_a_file_that_arrived_but_was_not_checked_is_not_fetched_again(shared, dr
     [
         (cut, "damaged or cut-off"),
         (lambda p: p.write_bytes(b"<html>quota</html>"), "expected a replay buffer"),
-        (lambda p: torch.save([Malice(p.with_name("ran"))], p), "asks to run code"),
+        (lambda p: torch.save([Malice()], p), "asks to run code"),
         (lambda p: torch.save(torch.zeros(3), p), "expected a replay buffer"),
     ],
 )
@@ -178,7 +178,7 @@ def test_a_bad_file_is_refused_and_the_others_arrive(damage, words, shared, fetc
     assert status == 2 and last.startswith("error: 1 of 4 files refused and removed, the first: ")
     assert f"{out}/Digits/ConvNetW32/replay_buffer_0.pt: " in last and re.search(words, last)
     assert set(plain(out)) == set(plain(shared)) - {"Digits/ConvNetW32/replay_buffer_0.pt"}
-    assert not path.with_name("ran").exists()
+    assert not RAN.exists()
 
 
 @pytest.mark.parametrize("what", list(download.FOLDERS))

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 import evaluate_idc
 import networks
 from tests.conftest import call, files_of, make_tree, run_script
+from tests.test_damage import cut
 from utils import datasets, export, formats, idc, results
 from utils.augment import DSA
 from utils.runtime import stream
@@ -328,10 +329,6 @@ def test_damaged_results_are_refused(damage, words, copy, tmp_path, capsys, monk
     before = files_of(tmp_path)
     refused([copy], words, capsys, monkeypatch)
     assert files_of(tmp_path) == before
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize("kind", ["pt", "npz", "safetensors", "png"])

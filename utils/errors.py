@@ -1,6 +1,7 @@
 """Errors that a user can mend, and how a script ends."""
 
 import errno
+import io
 import os
 import sys
 
@@ -59,7 +60,8 @@ def run(main, memory="smaller minibatches", speaks=lambda: True):
         speaks: asked before a message; False where another process of the same job has given one.
     """
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be valid text
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be valid text
 
     def end(message, status, kind="error"):
         sys.stdout.flush()
