@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Set up as scripts/quickstart.sh does, then lint and run the tests. Arguments go to pytest.
+# Set up as scripts/quickstart.sh does, then lint and run the tests, two files at once. Arguments go to pytest.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh" requirements-dev.txt
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@"

@@ -110,7 +110,7 @@ class Space:
         """
         if self.facts.zca:
             self._refuse_unknown()
-            return zca.restore(self.whitening, images.device).inverse_transform(images)
+            return zca.restore(self.whitening, images[0].numel(), images.device).inverse_transform(images)
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.facts.mean, self.facts.std))
         return images * std + mean
 
