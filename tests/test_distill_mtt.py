@@ -119,10 +119,10 @@ def test_the_transition_starts_from_union_trained_weights(monkeypatch, buffers, 
 def test_two_runs_are_bit_identical_and_the_first_stage_needs_no_checkpoint(tmp_path, buffers, distilled):
     run_script("distill_mtt.py", *STAGES, *SHORT, "--buffer_path", buffers, "--root_log_dir", tmp_path)
     found, expected = files_of(tmp_path / "Digits" / EXPERIMENT), files_of(distilled)
-    for key in ("config.json", "report.json", "accuracy.png"):
-        found.pop(key, None), expected.pop(key, None)
+    # Other tests evaluate there, which leaves files beside the stages'.
+    expected = {key: value for key, value in expected.items() if key in found or key.startswith("interval")}
     assert found.keys() == expected.keys()
-    assert [key for key in found if found[key] != expected[key]] == []
+    assert [key for key in found if key != "config.json" and found[key] != expected[key]] == []
 
 
 def test_kept_graphs_change_nothing(tmp_path, buffers, distilled):
