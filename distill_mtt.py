@@ -71,6 +71,11 @@ def parse():
         action="store_true",
         help="torch.compile for a ConvNet student's steps (made for GPUs)",
     )
+    match.add_argument(
+        "--bf16",
+        action="store_true",
+        help="the student's convolutions and products in bfloat16: quicker on GPUs, no longer exact",
+    )
     test = parser.add_argument_group("evaluation in a stage")
     test.add_argument("--num_eval", type=o.COUNT, default=5, help="networks of each evaluation")
     test.add_argument("--eval_it", type=o.COUNT, default=100, help="iterations between two evaluations")
@@ -87,6 +92,8 @@ def parse():
     o.add_wandb(output)
     o.add_machine(parser)
     options = parser.parse_args()
+    if options.bf16 and options.compile:
+        parser.error("--compile and --bf16: expected one of them; the compiled steps are made for whole precision")
     if options.zca and options.texture:
         parser.error("--zca together with --texture: whitening mixes the pixels that windows take apart; choose one")
     if options.start_interval > options.num_intervals:
@@ -137,9 +144,8 @@ class Run:
         self.device = real.train.images.device
         self.dsa = augment.DSA(options.dsa_strategy) if options.dsa else None
         self.canvas = options.canvas_size if options.texture else 1
-        self.student = FlatNetwork(
-            training.new_network(options.model, real, options.seed, "student"), options.compile, report.say
-        )
+        network = training.new_network(options.model, real, options.seed, "student")
+        self.student = FlatNetwork(network, options.compile, report.say, options.bf16)
         # Statistics of a batch would be those of a part of it.
         splits = not any(True for _ in self.student.network.buffers())
         if not splits and distributed.size() > options.trajectories_per_iteration:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import statistics
 import sys
 import tempfile
@@ -33,10 +34,15 @@ DEFAULT, NEVER = 10.0, 1e6  # minutes
 
 
 def call(main, *words):
-    """Run a script's `main` with `words` on its command line, quietly."""
+    """Run a script's `main` with `words` on its command line, quietly, with signal handlers of its own."""
     sys.argv = [main.__module__, *map(str, words)]
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        main()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def distil(buffers, iterations, minutes, device):

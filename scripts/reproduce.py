@@ -81,14 +81,14 @@ IDC_EVALUATION = {"repeat": 3}
 # minibatches of the same size, so that both make the same number of steps.
 SMALL_MTT = {
     "model": "ConvNetW32", "zca": False, "lr_teacher": 0.02, "lr_lr": 1e-05, "batch_syn": 20, "syn_steps": 20,
-    "expert_epochs": 1, "max_start_epoch": 2, "Iteration": 100, "eval_it": 50, "override_epoch_eval_train": 100,
+    "expert_epochs": 1, "max_start_epoch": 2, "Iteration": 200, "eval_it": 100, "override_epoch_eval_train": 100,
     "buffer_path": "buffers/small",
 }  # fmt: skip
-SMALL_EXPERTS = {"train_epochs": 4, "num_experts": 3}
+SMALL_EXPERTS = {"train_epochs": 3, "num_experts": 6}
 SMALL_DISTILLATION = {"num_eval": 2}
-SMALL_MTT_EVALUATION = {"num_experts": 3, "num_eval": 3, "epoch_eval_train": 100, "full_epochs": 4}
+SMALL_MTT_EVALUATION = {"num_experts": 6, "num_eval": 3, "epoch_eval_train": 100, "full_epochs": 4}
 SMALL_IDC = {
-    "width": 0.25, "niter": 1, "inner_loop": 20, "n_data": 500, "lr_img": 0.05, "epochs": 100, "print-freq": 1,
+    "width": 0.25, "niter": 2, "inner_loop": 20, "n_data": 500, "lr_img": 0.05, "epochs": 100, "print-freq": 1,
 }  # fmt: skip
 SMALL_IDC_EVALUATION = {"repeat": 3, "eval_models": "self", "full_epochs": 4}
 

@@ -1,3 +1,5 @@
+import fcntl
+import os
 import pickle
 
 import numpy as np
@@ -41,6 +43,23 @@ def test_a_changed_tree_is_decoded_again(tmp_path):
     (tree / "train" / "class0" / "0001.png").write_bytes((tree / "train" / "class1" / "0001.png").read_bytes())
     after = datasets.read("CIFAR10", tree).train_images
     assert not np.array_equal(before[1], after[1]) and np.array_equal(after[1], after[3])
+
+
+def test_what_killed_decodings_left_is_removed(tmp_path):
+    tree = make_tree(tmp_path / "t", [f"class{n}" for n in range(10)], 2, 1)
+    dead, alive, young = (tree / pictures.CACHE / f"CIFAR10.{pid}.tmp" for pid in (1, 2, 3))
+    for folder in (dead, alive, young):
+        folder.mkdir(parents=True)
+        (folder / "train_images.npy").write_bytes(b"half")
+        if folder != young:
+            os.utime(folder, (0, 0))
+    lock = os.open(alive, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        datasets.read("CIFAR10", tree)
+    finally:
+        os.close(lock)
+    assert sorted(path.name for path in dead.parent.iterdir()) == ["CIFAR10", alive.name, young.name]
 
 
 def test_a_read_only_tree_works_without_a_cache(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,7 @@
+import errno
 import json
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ from benchmarks.baseline import match_unrolled, unfused
 from tests.recipe import fill_parameters, wave_images
 from utils.augment import DSA
 from utils.errors import UserError
-from utils.matching import Step, choose_kept_steps, graph_bytes, match, plan_batches, refuse_if_broken
+from utils.matching import Step, _Stack, choose_kept_steps, graph_bytes, match, plan_batches, refuse_if_broken
 from utils.reparam import FlatNetwork, flatten
 
 FACT = json.loads((Path(__file__).parent / "facts" / "matching.json").read_text())
@@ -129,3 +132,73 @@ def test_broken_values_are_named():
     refuse_if_broken(1, good, good, good)
     with pytest.raises(UserError, match="iteration 7: the loss and syn_lr became NaN"):
         refuse_if_broken(7, bad, good, bad)
+
+
+def test_parameters_wait_in_a_file(monkeypatch):
+    student, start, target, lr, images, labels, steps, expected = case()
+    written = []
+    real = _Stack._write
+
+    def write(stack, tensor):
+        real(stack, tensor)
+        written.append(stack.file.tell())
+        assert not stack.memory
+
+    monkeypatch.setattr(_Stack, "_write", write)
+    found = match(student, start, target, lr, images, labels, steps, kept_steps=2)
+    assert written == [start.nbytes * (number + 1) for number in range(len(steps) - 2)]
+    for value, truth in zip(found, expected, strict=True):
+        assert relative(value, truth) < 1e-10
+
+
+@pytest.mark.parametrize("room", [0, 2])
+def test_parameters_stay_in_memory_where_the_disk_is_full(monkeypatch, room):
+    student, start, target, lr, images, labels, steps, expected = case()
+    real = _Stack._write
+
+    def write(stack, tensor):
+        if stack.count >= room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(stack, tensor)
+
+    monkeypatch.setattr(_Stack, "_write", write)
+    for value, truth in zip(match(student, start, target, lr, images, labels, steps), expected, strict=True):
+        assert relative(value, truth) < 1e-10
+
+
+def test_a_write_that_the_disk_takes_in_part_is_not_trusted(tmp_path, monkeypatch):
+    """A file-size limit lets the last write end half-way, which raises nothing by itself."""
+    start = torch.arange(6.0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    stack = _Stack(start)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (start.nbytes * 5 // 2, hard))
+        for number in range(5):
+            stack.push(start + number)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert sorted(stack.memory) == [2, 3, 4]
+    for number in reversed(range(5)):
+        assert torch.equal(stack.pop(), start + number)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["ConvNetW32", "ConvNetBN"])
+def test_bfloat16_is_near_but_not_the_same(name):
+    torch.manual_seed(0)
+    network = networks.get_network(name, 3, 4, 16)
+    start = flatten(network.parameters())
+    target = start + 0.01 * torch.randn_like(start)
+    images, labels, lr = torch.randn(8, 3, 16, 16), torch.arange(8) % 4, torch.tensor(0.03)
+    steps = [Step(torch.arange(8), plain)] * 4
+    exact, half = (
+        match(FlatNetwork(network, bf16=bf16), start, target, lr, images, labels, steps) for bf16 in (False, True)
+    )
+    for value, truth in zip(half, exact, strict=True):
+        assert value.dtype == torch.float32
+        assert not torch.equal(value, truth)
+    assert float(half[0]) == pytest.approx(float(exact[0]), rel=1e-2)
+    assert float(torch.cosine_similarity(half[1].flatten(), exact[1].flatten(), 0)) > 0.95

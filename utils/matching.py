@@ -6,20 +6,20 @@ the loss is L = ‖θ_N − θ*‖² / ‖θ_0 − θ*‖². Its derivatives fol
     λ_N = ∂L/∂θ_N,   λ_i = λ_{i+1} − η H_i λ_{i+1},
     ∂L/∂x_i = −η (∂g/∂x_i)ᵀ λ_{i+1},   ∂L/∂η = −Σ_i ⟨g_i, λ_{i+1}⟩,
 
-for which one step's graph at a time is enough: memory does not grow with N but for the N vectors θ_i. Steps whose
-graph is kept from the way forward are not computed again. The result is the gradient of plain unrolling, not an
-approximation of it.
+for which one step's graph at a time is enough: memory does not grow with N, for the vectors θ_i wait outside of it, in
+a file (CPU) or in the host's memory (GPU). Steps whose graph is kept from the way forward are not computed again. The
+result is the gradient of plain unrolling, not an approximation of it.
 
 g, H_i λ and the derivatives with respect to the inputs are sums over the minibatch. So several ranks can share a
 student: each holds the graphs of its part of every minibatch, and the parts of g and H_i λ are summed over the ranks.
 """
 
 import dataclasses
+import tempfile
 
 import torch
 from torch.nn import functional as F
 
-from networks import explicit
 from utils.distributed import ALONE, local_size
 from utils.errors import UserError
 from utils.reparam import flatten
@@ -99,7 +99,7 @@ def match(
         is the whole one, and each rank has its own part of the gradients: their sum over the team is the gradient.
     """
     first_kept = len(steps) - kept_steps
-    thetas, kept = [], {}
+    thetas, kept = _Stack(start), {}
     theta = start
     for number, step in enumerate(steps):
         keep = number >= first_kept
@@ -107,7 +107,7 @@ def match(
         if keep:
             graphs = kept[number] = list(graphs)
         else:
-            thetas.append(theta)
+            thetas.push(theta)
         gradient = team.sum_(_sum((part.gradient.detach() for part in graphs), theta))
         theta = theta - syn_lr * gradient
 
@@ -135,6 +135,54 @@ def match(
             adjoint = adjoint - syn_lr * team.sum_(_sum(products, adjoint))
     # Frozen pictures take part in the sums as well: telling them apart would wait for the device in every step.
     return loss, images_gradient[first_learned:], lr_gradient
+
+
+class _Stack:
+    """A stack of equal tensors outside of the device's memory.
+
+    Those of a GPU go to the host, without waiting for either. Those of a CPU go to a file without a name in the
+    folder for temporary files (TMPDIR), which the system caches as long as memory is free; without room there they
+    stay in memory.
+    """
+
+    def __init__(self, like):
+        self.like, self.count, self.memory = like, 0, {}
+        self.file = None
+
+    def push(self, tensor):
+        """Put `tensor` on top; the caller may not change it afterwards."""
+        if self.like.is_cuda:
+            host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self.memory[self.count] = host.copy_(tensor, non_blocking=True)
+        else:
+            try:
+                self._write(tensor)
+            except OSError:
+                self.memory[self.count] = tensor
+        self.count += 1
+
+    def pop(self):
+        """Return the top tensor and take it off."""
+        self.count -= 1
+        if self.count in self.memory:
+            return self.memory.pop(self.count).to(self.like.device, non_blocking=True)
+        tensor = torch.empty_like(self.like)
+        self.file.seek(self.count * tensor.nbytes)
+        if self.file.readinto(_bytes(tensor)) != tensor.nbytes:
+            raise RuntimeError("the temporary file of the student's parameters was cut off")
+        return tensor
+
+    def _write(self, tensor):
+        if self.file is None:
+            self.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed with the stack)
+        self.file.seek(self.count * tensor.nbytes)
+        if self.file.write(_bytes(tensor)) != tensor.nbytes:
+            raise OSError("no room for the whole tensor")
+
+
+def _bytes(tensor):
+    """Return the memory of a contiguous tensor of the CPU, without a copy."""
+    return tensor.detach().view(torch.uint8).numpy()
 
 
 def _sum(tensors, like):
@@ -183,7 +231,7 @@ def _gradient_graphs(student, theta, images, labels, step, slice_size, keep, tea
     targets = step.labels(labels, len(inputs))
     first, last = team.part(len(inputs))
     size = slice_size or len(inputs)
-    kind = _Explicit if explicit.applies(student.network, inputs, student.compiled) else _Graph
+    kind = _Explicit if student.written_out(inputs) else _Graph
     for begin in range(first, last, size):
         part = slice(begin, min(begin + size, last))
         yield kind(student, theta, inputs[part], targets[part], len(inputs), keep)

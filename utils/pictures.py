@@ -4,13 +4,17 @@ A tree is `train/<class>/…` with `test/<class>/…` or `val/<class>/…`; Tiny
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
+import glob
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import sys
+import time
 
 import numpy as np
 
@@ -219,10 +223,14 @@ def _cached(cache, fingerprint):
 
 def _decode_into_cache(cache, fingerprint, parts, form):
     cache.parent.mkdir(exist_ok=True)
+    _remove_leftovers(cache)
     making = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir()
+    lock = os.open(making, os.O_RDONLY)
     try:
+        with contextlib.suppress(OSError):  # not every file system has locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
         for part, (paths, labels) in parts.items():
             shape = (len(paths), form.channel, form.im_size, form.im_size)
             target = making / f"{part}_images.npy"
@@ -238,8 +246,23 @@ def _decode_into_cache(cache, fingerprint, parts, form):
         shutil.rmtree(cache, ignore_errors=True)
         os.replace(making, cache)
     finally:
+        os.close(lock)
         shutil.rmtree(making, ignore_errors=True)
     return _cached(cache, fingerprint)
+
+
+def _remove_leftovers(cache):
+    """Remove what processes left that were killed while they decoded: folders that nobody locks, a minute old."""
+    for leftover in cache.parent.glob(f"{glob.escape(cache.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime < 60:
+                continue
+            handle = os.open(leftover, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover)
+            finally:
+                os.close(handle)
 
 
 def _statistics(images):

@@ -15,7 +15,7 @@ from utils.trajectories import Recorder
 
 STAGE = "stage.json"
 SHOWN = {"test": "test", "val": "held-out"}  # accuracies by --select_on
-SINCE = {"select_on": "test"}  # how folders were made that do not name it
+SINCE = {"select_on": "test", "bf16": False}  # how folders were made that do not name it
 
 
 def experiment_name(options):

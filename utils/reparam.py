@@ -19,10 +19,12 @@ class FlatNetwork:
         network: torch.nn.Module; its own parameters are only read for their shapes.
         compiled: differentiate ConvNets by compiled code; see networks/explicit.py.
         note: function of a string, told once where that does not work.
+        bf16: convolutions and products in bfloat16 (torch.autocast); parameters, normalisations, loss and gradients
+            stay as they are.
     """
 
-    def __init__(self, network, compiled=False, note=print):
-        self.network, self.compiled = network, compiled
+    def __init__(self, network, compiled=False, note=print, bf16=False):
+        self.network, self.compiled, self.bf16 = network, compiled, bf16
         self.gradient, self.product = explicit.gradient, explicit.product
         if compiled:
             self.gradient, self.product = (explicit.compiled(f, note) for f in (self.gradient, self.product))
@@ -40,7 +42,13 @@ class FlatNetwork:
         values = dict(zip(self.names, self.parts(flat), strict=True))
         # Running statistics of batch normalisation change in copies: a student leaves the network as it is.
         values |= {name: buffer.clone() for name, buffer in self.network.named_buffers()}
-        return functional_call(self.network, values, (x,))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = functional_call(self.network, values, (x,))
+        return logits.to(x.dtype)
+
+    def written_out(self, x):
+        """Return whether `gradient` and `product` are made for this network and pictures x (B, C, H, W)."""
+        return not self.bf16 and explicit.applies(self.network, x, self.compiled)
 
 
 def flatten(parameters):
