@@ -32,14 +32,14 @@ ROWS = {
 }
 
 
-def problem(model, steps, size=32, channel=3, total=20, batch=20, device="cpu"):
+def problem(model, steps, size=32, channel=3, total=20, batch=20, classes=10, device="cpu"):
     """Return everything that both ways start from, the same for both."""
     torch.manual_seed(0)
-    network = networks.get_network(model, channel, 10, size).to(device)
+    network = networks.get_network(model, channel, classes, size).to(device)
     start = flatten(network.parameters())
     target = start + 0.01 * torch.randn_like(start)
     images = torch.randn(total, channel, size, size, device=device)
-    labels = torch.arange(total, device=device) % 10
+    labels = torch.arange(total, device=device) % classes
     return network, start, target, images, labels
 
 
@@ -61,11 +61,13 @@ def published(steps, batch=20, total=20, **shape):
     return work
 
 
-def project(steps, batch=20, total=20, kept_steps=None, device="cpu", compiled=False, **shape):
+def project(
+    steps, batch=20, total=20, kept_steps=None, device="cpu", compiled=False, bf16=False, slice_size=None, **shape
+):
     """The exact adjoint; all graphs kept unless `kept_steps` says otherwise."""
     runtime.choose_device(device)
     network, start, target, images, labels = problem(steps=steps, batch=batch, total=total, device=device, **shape)
-    student, lr = FlatNetwork(network, compiled), torch.tensor(0.01, device=device)
+    student, lr = FlatNetwork(network, compiled, bf16=bf16), torch.tensor(0.01, device=device)
     dsa, rng = DSA(DSA_STRATEGY), np.random.default_rng(0)
 
     def work():
@@ -74,24 +76,36 @@ def project(steps, batch=20, total=20, kept_steps=None, device="cpu", compiled=F
             draw = dsa.draw(len(index), rng)
             plan.append(matching.Step(torch.from_numpy(index).to(device), lambda x, draw=draw: dsa.apply(x, draw)))
         kept = steps if kept_steps is None else kept_steps
-        matching.match(student, start, target, lr, images, labels, plan, kept_steps=kept)
+        matching.match(student, start, target, lr, images, labels, plan, 0, kept, slice_size)
 
     return work
 
 
+def compiled(**case):
+    return project(**case, compiled=True)
+
+
+def bf16(**case):
+    return project(**case, bf16=True)
+
+
 def main():
     options = harness.parser(__doc__).parse_args()
+    ways = {"project": ""}
+    if options.device != "cpu":  # what the other options gain there
+        ways |= {"compiled": ", --compile", "bf16": ", --bf16"}
     rows = [
         harness.pair(
-            label,
+            label + words,
             "benchmarks.matching",
             "published",
-            "project",
+            way,
             {**case, "device": options.device},
             options.pairs,
             options.threads,
         )
         for label, case in ROWS.items()
+        for way, words in ways.items()
     ]
     harness.show("one matching iteration", rows, options)
 

@@ -45,35 +45,35 @@ SMALL = 64  # planes of so few pixels are pooled by one product
 
 
 @functools.lru_cache
-def _column_matrix(width, dtype):
+def _column_matrix(width, dtype, device):
     """(width, width / 2) matrix that adds neighbouring columns and divides by the four pixels of a window."""
-    return (torch.eye(width // 2, dtype=dtype) / 4).repeat_interleave(2, dim=0)
+    return (torch.eye(width // 2, dtype=dtype, device=device) / 4).repeat_interleave(2, dim=0)
 
 
 @functools.lru_cache
-def _window_matrix(height, width, dtype):
+def _window_matrix(height, width, dtype, device):
     """(height * width, height * width / 4) matrix that averages windows of four pixels."""
-    rows = torch.eye(height // 2, dtype=dtype).repeat_interleave(2, dim=0)
-    return torch.kron(rows, _column_matrix(width, dtype))
+    rows = torch.eye(height // 2, dtype=dtype, device=device).repeat_interleave(2, dim=0)
+    return torch.kron(rows, _column_matrix(width, dtype, device))
 
 
 def pool(z):
     """2x2 average pooling by products, quicker than avg_pool2d on a CPU; larger planes add their rows first."""
     count, channels, height, width = z.shape
     if height * width <= SMALL:
-        pooled = z.reshape(count * channels, -1) @ _window_matrix(height, width, z.dtype)
+        pooled = z.reshape(count * channels, -1) @ _window_matrix(height, width, z.dtype, z.device)
         return pooled.view(count, channels, height // 2, width // 2)
     rows = z[:, :, 0::2] + z[:, :, 1::2]
-    return rows @ _column_matrix(width, z.dtype)
+    return rows @ _column_matrix(width, z.dtype, z.device)
 
 
 def _unpool_masked(p, z):
     """The transpose of `pool` where the activations z (N, C, H, W) are positive, zero elsewhere."""
     count, channels, height, width = z.shape
     if height * width <= SMALL:
-        spread = p.reshape(count * channels, -1) @ _window_matrix(height, width, z.dtype).T
+        spread = p.reshape(count * channels, -1) @ _window_matrix(height, width, z.dtype, z.device).T
         return torch.ops.aten.threshold_backward(spread.view(z.shape), z, 0)
-    spread = p @ _column_matrix(width, z.dtype).T
+    spread = p @ _column_matrix(width, z.dtype, z.device).T
     gradient = torch.empty_like(z)
     for row in (0, 1):  # of each window
         target = gradient[:, :, row::2]

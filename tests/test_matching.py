@@ -142,11 +142,10 @@ def test_parameters_wait_in_a_file(monkeypatch):
     def write(stack, tensor):
         real(stack, tensor)
         written.append(stack.file.tell())
-        assert not stack.memory
 
     monkeypatch.setattr(_Stack, "_write", write)
     found = match(student, start, target, lr, images, labels, steps, kept_steps=2)
-    assert written == [start.nbytes * (number + 1) for number in range(len(steps) - 2)]
+    assert written and written == [start.nbytes * (number + 1) for number in range(len(steps) - 2)]
     for value, truth in zip(found, expected, strict=True):
         assert relative(value, truth) < 1e-10
 

@@ -14,6 +14,7 @@ g, H_i λ and the derivatives with respect to the inputs are sums over the minib
 student: each holds the graphs of its part of every minibatch, and the parts of g and H_i λ are summed over the ranks.
 """
 
+import contextlib
 import dataclasses
 import tempfile
 
@@ -140,9 +141,9 @@ def match(
 class _Stack:
     """A stack of equal tensors outside of the device's memory.
 
-    Those of a GPU go to the host, without waiting for either. Those of a CPU go to a file without a name in the
-    folder for temporary files (TMPDIR), which the system caches as long as memory is free; without room there they
-    stay in memory.
+    Those of a CUDA GPU go to the host, without waiting for either. Those of a CPU go to a file without a name in the
+    folder for temporary files (TMPDIR), which the system caches as long as memory is free. Where there is no room, and
+    on other devices, they stay in memory.
     """
 
     def __init__(self, like):
@@ -151,14 +152,14 @@ class _Stack:
 
     def push(self, tensor):
         """Put `tensor` on top; the caller may not change it afterwards."""
+        self.memory[self.count] = tensor
         if self.like.is_cuda:
             host = torch.empty_like(tensor, device="cpu", pin_memory=True)
             self.memory[self.count] = host.copy_(tensor, non_blocking=True)
-        else:
-            try:
+        elif self.like.device.type == "cpu":
+            with contextlib.suppress(OSError):
                 self._write(tensor)
-            except OSError:
-                self.memory[self.count] = tensor
+                del self.memory[self.count]
         self.count += 1
 
     def pop(self):

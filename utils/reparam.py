@@ -42,9 +42,10 @@ class FlatNetwork:
         values = dict(zip(self.names, self.parts(flat), strict=True))
         # Running statistics of batch normalisation change in copies: a student leaves the network as it is.
         values |= {name: buffer.clone() for name, buffer in self.network.named_buffers()}
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = functional_call(self.network, values, (x,))
-        return logits.to(x.dtype)
+        if not self.bf16:
+            return functional_call(self.network, values, (x,))
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return functional_call(self.network, values, (x,)).to(x.dtype)
 
     def written_out(self, x):
         """Return whether `gradient` and `product` are made for this network and pictures x (B, C, H, W)."""
