@@ -29,7 +29,7 @@ MEMORY = "--batch_syn_max, --batch_real, --batch_size, --transition_batch 1 or a
 
 def parse():
     parser = o.Parser(__doc__)
-    defaults = idc_options.add(parser, start_interval=True)
+    defaults = idc_options.add(parser, "begin at this stage (from 0)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu) or a device name")
     machine.add_argument(

@@ -69,18 +69,23 @@ def parse():
     match.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile for a ConvNet student's steps (made for GPUs)",
+        help="torch.compile for a ConvNet student's steps; meant for GPUs",
     )
     match.add_argument(
         "--bf16",
         action="store_true",
-        help="the student's convolutions and products in bfloat16: quicker on GPUs, no longer exact",
+        help="the student's convolutions and products in bfloat16: no longer exact; meant for GPUs",
     )
     test = parser.add_argument_group("evaluation in a stage")
     test.add_argument("--num_eval", type=o.COUNT, default=5, help="networks of each evaluation")
     test.add_argument("--eval_it", type=o.COUNT, default=100, help="iterations between two evaluations")
-    test.add_argument("--epoch_eval_train", type=o.COUNT, default=1000, help="accepted for old commands; see below")
-    test.add_argument("--override_epoch_eval_train", type=o.COUNT, default=1000, help="epochs of these networks")
+    test.add_argument("--epoch_eval_train", type=o.COUNT, default=1000, help="accepted for old commands; not used")
+    test.add_argument(
+        "--override_epoch_eval_train",
+        type=o.COUNT,
+        default=1000,
+        help="epochs on a union, of these networks and of every expert in a transition",
+    )
     o.add_selection(test)
     output = parser.add_argument_group("output")
     output.add_argument("--root_log_dir", default="logged_files", help="root folder of the results")

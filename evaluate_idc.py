@@ -24,7 +24,7 @@ MEMORY = "--batch_size, other --eval_models or a smaller --width"  # lower it
 
 def parse():
     parser = o.Parser(__doc__)
-    defaults = idc_options.add(parser, start_interval=False)
+    defaults = idc_options.add(parser, "accepted, for the distillation's own words; all stages are evaluated")
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument("--new_only", action="store_true", help="train on the newest subset of each stage only")
     evaluation.add_argument("--last_only", action="store_true", help="train on the last union only")
@@ -105,6 +105,7 @@ def main():
             {key: value for key, value in vars(options).items() if key not in free},
             versions(),
             select_on,
+            keeps="last",
         )
 
 

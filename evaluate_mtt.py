@@ -36,7 +36,9 @@ def parse():
     experiment.add_argument("--canvas_samples", type=o.COUNT, default=1, help="windows of each canvas in a minibatch")
     experiment.add_argument("--tag", default="", help="end of the experiment folder's name")
     experiment.add_argument("--save_path", default="logged_files", help="root folder of the results")
-    experiment.add_argument("--override_load_path", help="name of the experiment's folder; wins over all options")
+    experiment.add_argument(
+        "--override_load_path", help="name of the experiment's folder, instead of the one that the options give"
+    )
     experiment.add_argument("--override_interval_names", help="names of the stages' folders, joined by dots")
     evaluation = parser.add_argument_group("evaluation")
     o.add_eval_models(evaluation)

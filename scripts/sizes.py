@@ -19,7 +19,8 @@ from utils.reparam import FlatNetwork
 TRAINING_PICTURES = {"CIFAR10": 50_000, "CIFAR100": 50_000, "Tiny": 100_000}
 TEST_PICTURES = 10_000  # of each of them
 MEMORY = """memory: estimated for a GPU from the sizes of pictures, parameters and saved tensors, not measured;
-where a range is given, from --kept_steps 0 to all steps kept (auto keeps what fits half of the free memory)"""
+where a range is given, from --kept_steps 0 to all steps kept (auto keeps what fits half of the free memory)
+steps: evaluations inside a stage and the trainings of a transition come on top"""
 TEST_BATCH = 1024  # of utils.training.accuracy
 
 

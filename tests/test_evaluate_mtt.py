@@ -332,3 +332,9 @@ def test_grids_have_one_row_for_each_class(tmp_path):
 def test_loaded_sets_are_checked(distilled):
     union = synset.load_set(distilled / "interval2_epoch3-4")
     assert len(union) == 20 and union.first_learned == 20
+
+
+def test_stages_that_are_left_out_are_told(distilled, capsys):
+    assert len(progressive.find_stages(distilled, 3)) == 3 and capsys.readouterr().err == ""
+    assert len(progressive.find_stages(distilled, 2)) == 2
+    assert "--num_intervals 2 leaves out 1 more stages" in capsys.readouterr().err

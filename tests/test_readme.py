@@ -29,6 +29,7 @@ RUN_BY = {
         "python evaluate_mtt.py --dataset=CIFAR10": "test_a_published_command_runs_from_experts_to_report",
     },
     "test_idc.py": {
+        "python evaluate_idc.py --reproduce": "test_published_commands_run_and_evaluate",
         "python -u distill_idc.py --reproduce": "test_published_commands_run_and_evaluate",
     },
     "test_reproduce.py": {

@@ -157,7 +157,7 @@ def test_memory_of_a_graph_is_what_the_matching_counts():
 
 def test_list_shows_every_row():
     lines = run_script(SCRIPT, "--list").stdout.splitlines()
-    shown = [line.split()[0] for line in lines[2:] if line and not line.startswith((" ", "memory", "where"))]
+    shown = [line.split()[0] for line in lines[2:] if line and not line.startswith((" ", "memory", "where", "steps"))]
     assert shown == reproduce.ROWS
     (line,) = (line for line in lines if line.startswith("cifar10-mtt-ipc10 "))
     assert "980000 optimiser steps" in line and line.endswith("6.53")  # 100 experts of 50 epochs of 196 steps

@@ -223,7 +223,9 @@ def test_the_report_of_idc_says_it_too(tmp_path, capsys, monkeypatch):
     (folder,) = (path.parent for path in tmp_path.rglob("interval_0.json"))
     words += ["--epochs", 1, "--skip_random", "--skip_full"]
     printed, report = evaluate("evaluate_idc.py", words, folder, capsys, monkeypatch)
-    assert report["select_on"] == "val" and "selected on: held-out training pictures" in printed
+    assert (
+        report["select_on"] == "val" and "kept: the last iteration; watched on: held-out training pictures" in printed
+    )
     (folder / "interval_0.json").unlink()
     assert evaluate("evaluate_idc.py", words, folder, capsys, monkeypatch)[1]["select_on"] == "unknown"
 

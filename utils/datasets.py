@@ -249,7 +249,8 @@ def _need_train(name, root):
     if not (root / "train").is_dir():
         raise UserError(
             f"{root}: expected {name} with a folder train in it, found "
-            f"{'none' if root.is_dir() else 'no such folder'}; name the folder with --data_path"
+            f"{'none' if root.is_dir() else 'no such folder'}; name the folder with --data_path, "
+            "for PDD+IDC with --data_dir or --imagenet_dir"
         )
 
 

@@ -155,7 +155,7 @@ class Evaluation:
         return runs
 
 
-def evaluate_and_report(folder, dataset, evaluation, contenders, options, versions, select_on):
+def evaluate_and_report(folder, dataset, evaluation, contenders, options, versions, select_on, keeps="best"):
     """Run an evaluation; writes report.json and accuracy.png into `folder` and prints the table.
 
     Args:
@@ -166,6 +166,7 @@ def evaluate_and_report(folder, dataset, evaluation, contenders, options, versio
         options: dict of the options that change the results.
         versions: dict of versions.
         select_on: what accuracies inside the stages were measured on (`progressive.selected_on`).
+        keeps: which iteration's images a stage keeps by them, the `best` or whatever they are the `last`.
     """
     unions = [files.digest([source.images, source.labels]) for source in evaluation.sources]
     models = evaluation.run(contenders, (sorted(options.items()), unions))
@@ -174,6 +175,7 @@ def evaluate_and_report(folder, dataset, evaluation, contenders, options, versio
         "dataset": dataset,
         "model": first,
         "select_on": select_on,
+        "keeps": keeps,
         **models[first],
         "models": models,
         "config": {**options, "versions": versions},

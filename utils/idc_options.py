@@ -52,7 +52,7 @@ def add(parser, start_interval):
 
     Args:
         parser: `utils.options.Parser`.
-        start_interval: True for the script that has --start-interval.
+        start_interval: help of --start-interval.
 
     Returns:
         {name: default}.
@@ -74,34 +74,44 @@ def add(parser, start_interval):
     network = group("network")
     network("-n", "--net_type", default="convnet", choices=("resnet", "resnet_ap", "convnet"), help="network")
     network("--norm_type", default="instance", choices=("batch", "instance", "sn", "none"), help="its normalisation")
-    network("--depth", type=o.COUNT, default=10, help="its depth")
+    network("--depth", type=o.COUNT, default=10, help="its depth (convnet: 3)")
     network("--width", type=o.POSITIVE, default=1.0, help="factor on its channels")
     train = group("training of networks")
     train(
         "--epochs",
         type=o.COUNT,
         default=300,
-        help="epochs of an evaluation on each union (derived: 1000; fewer on imagenet); a transition takes a fifth",
+        help="epochs on each union: distill_idc.py 1000 (imagenet 3000 to 200, fewer for more pictures), of which a "
+        "transition takes a fifth; evaluate_idc.py 500 (1000 with --last_only or --new_only)",
     )
     train("--batch_size", type=o.COUNT, default=64, help="pictures in a minibatch")
     train("--lr", type=o.POSITIVE, default=0.01, help="learning rate")
     train("--momentum", type=o.RATE, default=0.9, help="momentum")
     train("--weight-decay", "--wd", dest="weight_decay", type=o.RATE, default=5e-4, help="weight decay")
-    train("--mixup", default="cut", choices=("vanilla", "cut"), help="CutMix when training on synthetic pictures")
-    train("--mixup_net", default="cut", choices=("vanilla", "cut"), help="CutMix when training on real ones")
+    train("--mixup", default="cut", choices=("vanilla", "cut"), help="cut: CutMix on synthetic pictures; vanilla: none")
+    train("--mixup_net", default="cut", choices=("vanilla", "cut"), help="the same on real pictures")
     train("--beta", type=o.POSITIVE, default=1.0, help="CutMix: lambda is drawn from Beta(beta, beta)")
-    train("--mix_p", type=o.FRACTION, default=1.0, help="CutMix: probability")
-    train("--dsa", type=o.truth, default=False, help="DSA when training on synthetic pictures")
-    train("--dsa_strategy", type=o.strategy, default=o.DSA_STRATEGY, help="its entries, joined by _")
+    train("--mix_p", type=o.FRACTION, default=1.0, help="CutMix: probability (0.5 for pictures up to 32 pixels)")
+    train(
+        "--dsa",
+        type=o.truth,
+        default=False,
+        help="DSA when training on synthetic pictures (True for those up to 32 pixels)",
+    )
+    train("--dsa_strategy", type=o.strategy, default=o.DSA_STRATEGY, help="its entries, joined by _, or none")
     train("--rrc", type=o.truth, default=True, help="random resized crops where DSA is off")
     form = group("synthetic images")
-    form("-i", "--ipc", type=o.COUNT, default=-1, help="images of each class that every stage learns")
+    form("-i", "--ipc", type=o.COUNT, default=-1, help="images of each class that every stage learns; has to be given")
     form("-f", "--factor", type=o.COUNT, default=1, help="pictures on each side of one image (multi-formation)")
     form("--decode_type", default="single", choices=("single", "multi", "bound"), help="how images are decoded")
-    form("--init", default="random", choices=("random", "noise", "mix"), help="what new images start from")
+    form(
+        "--init",
+        default="random",
+        choices=("random", "noise", "mix"),
+        help="what new images start from (mix where factor > 1)",
+    )
     form("--num-intervals", dest="num_intervals", type=o.COUNT, default=5, help="stages P")
-    if start_interval:
-        form("--start-interval", dest="start_interval", type=o.NATURAL, default=0, help="begin at this stage (from 0)")
+    form("--start-interval", dest="start_interval", type=o.NATURAL, default=0, help=start_interval)
     match = group("matching")
     match("-a", "--aug_type", type=o.strategy, default="color_crop_cutout", help="DSA of a pair of batches")
     match("--match", default="grad", choices=("feat", "grad"), help="what is matched")
@@ -109,7 +119,12 @@ def add(parser, start_interval):
     match("--bias", type=o.truth, default=False, help="match gradients of biases and normalisations, too")
     match("--fc", type=o.truth, default=False, help="match gradients of linear layers, too")
     match("--f_idx", type=o.NATURAL, default=4, help="block whose features are matched; the last where there are fewer")
-    match("--niter", type=iterations, default=500, help="outer iterations, times 100 / inner_loop")
+    match(
+        "--niter",
+        type=iterations,
+        default=500,
+        help="length of a stage: niter x 100 sweeps, inner_loop of them in each outer iteration",
+    )
     match("--inner_loop", type=o.COUNT, default=100, help="sweeps over the classes in one outer iteration")
     match("--early", type=o.NATURAL, default=0, help="real epochs of a network before its first sweep")
     match("--fix_iter", type=o.number(int, low=-1), default=-1, help="outer iterations with one network (-1: one)")
@@ -124,7 +139,12 @@ def add(parser, start_interval):
     match("--pt_num", type=o.COUNT, default=1, help="number of pretrained networks")
     match("--batch_real", type=o.COUNT, default=64, help="real pictures of a class in one match")
     match("--batch_syn_max", type=o.COUNT, default=128, help="decoded pictures of a class in one match, at most")
-    match("--lr_img", type=o.POSITIVE, default=5e-3, help="learning rate of the images, before it is scaled")
+    match(
+        "--lr_img",
+        type=o.POSITIVE,
+        default=5e-3,
+        help="learning rate of the images, scaled by ipc / 10 and (size / 32)^2; 224 instead of 32 for imagenet",
+    )
     match("--mom_img", type=o.FRACTION, default=0.5, help="momentum of the images")
     match("--reproduce", action="store_true", help="settings of the paper for this data set")
     match("--seed", type=o.NATURAL, default=0, help="seed of every random decision")
@@ -170,7 +190,9 @@ class _Group:
     def __call__(self, *names, default=None, help="", **keywords):
         if keywords.get("action") == "store_true":
             default = False
-        shown = f"{help} (default: {default})"
+        if keywords.get("type") is o.truth:
+            keywords["metavar"] = "{True,False}"
+        shown = help if default in (None, "", -1) or "(default" in help else f"{help} (default: {default})"
         action = self.group.add_argument(*names, default=argparse.SUPPRESS, help=shown, **keywords)
         self.defaults[action.dest] = default
 

@@ -46,7 +46,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of descriptions and appends the default of each option."""
+    """Keeps the line breaks of descriptions and appends the default of each option that has one."""
+
+    def _get_help_string(self, action):
+        known = action.default in (None, "") or "(default" in (action.help or "")
+        return action.help if known else super()._get_help_string(action)
 
 
 def number(kind, low=None, high=None, above=None):
@@ -146,7 +150,7 @@ def place(options):
 def add_augmentation(group):
     """Declare differentiable Siamese augmentation (DSA)."""
     group.add_argument("--dsa", type=truth, default=True, help="differentiable Siamese augmentation")
-    group.add_argument("--dsa_strategy", type=strategy, default=DSA_STRATEGY, help="its entries, joined by _")
+    group.add_argument("--dsa_strategy", type=strategy, default=DSA_STRATEGY, help="its entries, joined by _, or none")
 
 
 def add_selection(group):
@@ -227,14 +231,24 @@ def add_eval_models(group):
 
 def add_experiment(group):
     """Declare the options of PDD+MTT that name the experiment's folder, for distillation and evaluation."""
-    group.add_argument("--model", type=network_name, default="ConvNet", help="network of the distillation")
+    group.add_argument(
+        "--model",
+        type=network_name,
+        default="ConvNet",
+        help="network of the distillation: ConvNet, ConvNetD1 to D8, ConvNetW32 to W1024, VGG11, ResNet18, AlexNet, …",
+    )
     group.add_argument("--ipc", type=COUNT, default=1, help="pictures of each class that every stage learns")
     add_eval_mode(group, "S")
     group.add_argument("--expert_epochs", type=COUNT, default=3, help="expert epochs from start to target")
     group.add_argument("--syn_steps", type=COUNT, default=20, help="student steps in one iteration")
     group.add_argument("--max_start_epoch", type=COUNT, default=25, help="number of possible start epochs")
     group.add_argument("--lr_img", type=POSITIVE, default=1000.0, help="learning rate of the pictures")
-    group.add_argument("--lr_lr", type=RATE, default=1e-05, help="learning rate of syn_lr")
+    group.add_argument(
+        "--lr_lr",
+        type=RATE,
+        default=1e-05,
+        help="learning rate of syn_lr; 1e-05 from stage 2 on for CIFAR10 at --ipc 1",
+    )
     group.add_argument("--lr_teacher", type=POSITIVE, default=0.01, help="of the experts; where syn_lr starts")
     group.add_argument("--batch_real", type=COUNT, default=256, help="accepted for old commands; not used")
     group.add_argument("--batch_syn", type=COUNT, help="pictures in a student's minibatch (default: classes x ipc)")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import distributed, files, training
+from utils import distributed, files, report, training
 from utils.augment import DSA, without
 from utils.datasets import Source
 from utils.errors import UserError
@@ -78,6 +78,8 @@ def find_stages(experiment, stages, names=None):
                 "check --num_intervals, or name the folders with --override_interval_names"
             )
         folders.append(found[stage][0])
+    if more := len(found) - stages:
+        report.say(f"note: {experiment}: --num_intervals {stages} leaves out {more} more stages")
     return folders
 
 

@@ -141,7 +141,9 @@ def table(report):
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     if "select_on" in report:
-        lines.append(f"selected on: {', '.join(SELECTED.get(name, name) for name in report['select_on'].split(', '))}")
+        pictures = ", ".join(SELECTED.get(name, name) for name in report["select_on"].split(", "))
+        how = "kept: the last iteration; watched" if report.get("keeps") == "last" else "selected"
+        lines.append(f"{how} on: {pictures}")
     return "\n".join(lines)
 
 
