@@ -21,7 +21,7 @@ from utils import distributed, files, formation, idc, idc_options, progressive, 
 from utils.augment import DSA
 from utils.errors import UserError
 from utils.gradient_matching import matching_loss, sweep
-from utils.runtime import choose_device, stream
+from utils.runtime import choose_device, stream, to_device
 
 SAVE_EVERY = 50  # outer iterations
 MEMORY = "--batch_syn_max, --batch_real, --batch_size, --transition_batch 1 or a smaller --width"  # lower it
@@ -183,7 +183,7 @@ class Run:
                 each_epoch=lambda _epoch, loss, progress=progress: progress.update(loss=loss),
             )
             progress.close()
-            files.save(path, network.state_dict())
+            files.save(path, idc.on_cpu(network.state_dict()))
             report.say(f"{path}: test accuracy {training.accuracy(network, self.real.test):.2f} %")
 
 
@@ -359,7 +359,7 @@ class Learner:
             for number, member in zip(numbers, members, strict=True):
                 keys = ("early", self.stage, number)
                 training.train(member, self.real.train, recipe, options.seed, keys, checkpoint=checkpoint)
-        return [{name: value.cpu() for name, value in member.state_dict().items()} for member in members]
+        return [idc.on_cpu(member.state_dict()) for member in members]
 
     def source(self, union):
         """Return the decoded pictures of a union (K, n, stages, C, H, W) to train on."""
@@ -385,8 +385,8 @@ class Learner:
             block, learned = self.block(label, images[label])
             decoded = formation.decode_class(block, options.factor, options.decode_type, options.batch_syn_max)
             if chosen is not None:
-                decoded = decoded[torch.from_numpy(chosen).to(images.device)]
-            pictures = real.train.images[torch.from_numpy(index).to(images.device)]
+                decoded = decoded[to_device(chosen, images.device)]
+            pictures = real.train.images[to_device(index, images.device)]
             both = torch.cat([pictures.float() / 255, decoded]).sub(self.run.mean).div(self.run.std)
             both = self.run.augment.apply(both, augmentation)
             loss = matching_loss(
@@ -430,7 +430,7 @@ class Learner:
         for epoch in range(options.net_epoch):
             rng = stream(options.seed, "real", self.stage, self.iteration, self.inner, epoch)
             chosen = rng.choice(len(self.real.train), min(options.n_data, len(self.real.train)), replace=False)
-            index = torch.from_numpy(chosen).to(self.learned.device)
+            index = to_device(chosen, self.learned.device)
             training.train_epoch(self.network, self.optimizer, self.real.train, self.recipe, rng, index=index)
 
     def union(self):
@@ -467,7 +467,7 @@ class Learner:
                 network, sources, lambda _stage: recipe, self.real.selection, options.seed, keys, checkpoint
             )
             if options.save_ckpt:
-                files.save(self.run.folder / f"interval_{self.stage}_network_{k}.pt", network.state_dict())
+                files.save(self.run.folder / f"interval_{self.stage}_network_{k}.pt", idc.on_cpu(network.state_dict()))
             return accuracies[-1]
 
         results = self.checkpoint.spread("evaluation", self.iteration, list(range(options.repeat)), train)

@@ -20,7 +20,7 @@ import networks
 import utils.options as o
 from utils import augment, distributed, errors, files, matching, progressive, report, results, synset, training
 from utils.reparam import FlatNetwork, set_flat
-from utils.runtime import choose_device, stream
+from utils.runtime import choose_device, stream, to_device
 from utils.trajectories import Experts, find_buffers, held_out_share
 
 IMAGE_MOMENTUM = 0.5  # of both optimisers, pictures and syn_lr (MTT)
@@ -393,8 +393,8 @@ class Run:
         turn, position = divmod(number, len(experts))
         expert = experts.order(stream(options.seed, "experts", stage, turn))[position]
         epoch = options.start_sampling_epoch + int(rng.integers(options.max_start_epoch))
-        start = experts.parameters(expert, epoch).to(self.device)
-        target = experts.parameters(expert, epoch + options.expert_epochs).to(self.device)
+        start = experts.parameters(expert, epoch).to(self.device, non_blocking=True)
+        target = experts.parameters(expert, epoch + options.expert_epochs).to(self.device, non_blocking=True)
         batch = options.batch_syn or self.real.num_classes * options.ipc
         steps = []
         for index in matching.plan_batches(len(synthetic), batch, options.syn_steps, rng):
@@ -407,7 +407,7 @@ class Run:
                     x = augment.random_windows(x, stream(window), self.real.im_size, options.canvas_samples)
                 return self.dsa.apply(x, draw) if draw else x
 
-            steps.append(matching.Step(torch.from_numpy(index).to(self.device), augmented))
+            steps.append(matching.Step(to_device(index, self.device), augmented))
         return start, target, steps
 
     def evaluate(self, stage, iteration, synthetic, experts, checkpoint):

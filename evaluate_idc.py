@@ -139,7 +139,7 @@ def contender(options, real, unions, name):
 
     def keep(k, network):
         if options.save_ckpt:
-            files.save(idc.save_folder(options) / f"evaluated_{title}_{k}.pt", network.state_dict())
+            files.save(idc.save_folder(options) / f"evaluated_{title}_{k}.pt", idc.on_cpu(network.state_dict()))
 
     return Contender(
         name=title,

@@ -20,8 +20,10 @@ def _worker(pipe, module, function, arguments, threads):
     torch.set_num_threads(threads)
     cuda = arguments.get("device", "cpu") != "cpu"
     work = getattr(importlib.import_module(module), function)(**arguments)
-    idle = resident()
-    pipe.send(idle)
+    idle = torch.cuda.memory_allocated() if cuda else resident()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    pipe.send("ready")
     while pipe.recv() == "go":
         if cuda:
             torch.cuda.synchronize()
@@ -30,8 +32,17 @@ def _worker(pipe, module, function, arguments, threads):
         if cuda:
             torch.cuda.synchronize()
         pipe.send(time.perf_counter() - start)
+        if cuda:
+            torch.cuda.empty_cache()  # the other process's turn
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    pipe.send((0 if cuda else idle, peak))
+    pipe.send((idle, peak))
+
+
+def _receive(pipe, label, function):
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise SystemExit(f"error: {label}: the process of {function} ended early; its message stands above") from None
 
 
 def resident():
@@ -61,20 +72,21 @@ def pair(label, module, baseline, project, arguments, pairs, threads, warm_up=1)
         here, there = context.Pipe()
         process = context.Process(target=_worker, args=(there, module, function, arguments, threads), daemon=True)
         process.start()
-        here.recv()
+        there.close()  # so that an end of the process shows here
+        _receive(here, label, function)
         ends.append((here, process))
     times = [[], []]
     for turn in range(pairs + warm_up):
         order = (0, 1) if turn % 2 == 0 else (1, 0)
         for which in order:
             ends[which][0].send("go")
-            seconds = ends[which][0].recv()
+            seconds = _receive(ends[which][0], label, (baseline, project)[which])
             if turn >= warm_up:
                 times[which].append(seconds)
     memory = []
     for here, process in ends:
         here.send("stop")
-        memory.append(here.recv())
+        memory.append(_receive(here, label, process.name))
         process.join()
     ratios = [project_s / baseline_s for baseline_s, project_s in zip(*times, strict=True)]
     return {

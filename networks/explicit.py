@@ -129,6 +129,8 @@ def compiled(function, note):
         function: `gradient` or `product`.
         note: function of a string.
     """
+    # A union whose minibatches leave remainders has several shapes, and new ones in every stage.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     quick = torch.compile(function, dynamic=False)
 
     def call(*arguments):

@@ -14,10 +14,12 @@ if [ "${1:-}" = --data_path ]; then
     data=(--data_path "$2")
     shift 2
 fi
-python -m pytest -rs tests/test_gpu.py
+status=0
+PDD_TEST_GPU=1 python -m pytest -rs tests/test_gpu.py || status=$?
 for benchmark in matching memory dsa evaluation; do
-    python "benchmarks/$benchmark.py" --device cuda --json "$@"
+    python "benchmarks/$benchmark.py" --device cuda --json "$@" || status=$?
 done
 for benchmark in experts idc_sweep; do
-    python "benchmarks/$benchmark.py" --device cuda --json "${data[@]}" "$@"
+    python "benchmarks/$benchmark.py" --device cuda --json "${data[@]}" "$@" || status=$?
 done
+exit $status

@@ -188,9 +188,9 @@ def run_published(number, published, epochs, tree, tmp_path):
     data = ["--data_path", tree, "--buffer_path", tmp_path / "buffers"]
     # Small minibatches, so that experts on so few pictures move about as far as students do.
     run_script("buffer_mtt.py", *published.split(), *data, "--num_experts", 1, "--train_epochs", epochs,
-               "--batch_train", 4 if number < 2 else 32)  # fmt: skip
+               "--batch_train", {0: 4, 1: 4, 4: 8}.get(number, 32))  # fmt: skip
     distillation, evaluation = (command.split() for command in SEED_COMMANDS[number])
-    batches = {0: (2, 12), 1: (8, 4)}.get(number, (8, 32))
+    batches = {0: (2, 12), 1: (8, 4), 4: (8, 8)}.get(number, (8, 32))
     short = ["--Iteration", 1, "--batch_syn", batches[0], "--batch_train", batches[1], "--num_eval", 1]
     run_script("distill_mtt.py", *distillation, *data, "--root_log_dir", tmp_path / "logs", *short,
                "--override_epoch_eval_train", 1)  # fmt: skip

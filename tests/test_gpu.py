@@ -1,20 +1,27 @@
 """On a GPU: iterations in float64 equal the CPU's, and all scripts run, with every way of being quick.
 
-Skipped without a GPU. `scripts/check_gpu.sh` runs these tests and the benchmarks there.
+`scripts/check_gpu.sh` runs these tests and the benchmarks there; elsewhere, and in scripts/test.sh, they are skipped.
 """
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
+import networks
 from tests import small
 from tests.conftest import run_script
 from tests.test_matching import case, relative
+from utils import training
+from utils.augment import DSA
+from utils.datasets import Source
+from utils.gradient_matching import sweep
 from utils.matching import Step, _Stack, match
+from utils.options import DSA_STRATEGY
 from utils.reparam import FlatNetwork
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or not scripts/check_gpu.sh")
 GPU = torch.device("cuda")
 
 
@@ -82,6 +89,31 @@ def test_all_scripts_run_and_see_the_cpus_random_numbers(tmp_path):
     for device in ("cpu", "cuda"):
         assert json.loads((tmp_path / device / small.EXPERIMENT / "report.json").read_text())["models"]
         assert (tmp_path / device / small.IDC_FOLDER / "report.json").exists()
+
+
+def test_bf16_with_batch_statistics():
+    student, *problem, _ = case_there(name="ConvNetBN")
+    network = student.network.float()
+    start, target, lr, images = (tensor.float() for tensor in problem[:4])
+    loss, *gradients = match(FlatNetwork(network, bf16=True), start, target, lr, images, *problem[4:])
+    assert all(bool(value.isfinite().all()) for value in (loss, *gradients))
+
+
+def test_nothing_waits():
+    """PyTorch's own check, which also sees copies that wait."""
+    student, *problem, _ = case_there()
+    source = Source(torch.rand(12, 3, 32, 32, device=GPU), torch.zeros(12, dtype=torch.int64, device=GPU))
+    members = [networks.get_network("ConvNetW32", 3, 10, 32).to(GPU) for _ in range(2)]
+    recipe = dataclasses.replace(training.evaluation_recipe(1, 0.01, 5, DSA(DSA_STRATEGY)), cutmix=(0.5, 1.0))
+    images, velocity = torch.rand(2, 2, 10, 3, 8, 8, device=GPU)
+    for turn in range(2):  # the first one may wait while libraries get ready
+        torch.cuda.set_sync_debug_mode("error" if turn else "default")
+        try:
+            match(student, *problem)
+            training.train(members[0], source, recipe, 0, ("alone",))
+            sweep(images, velocity, 0.1, 0.5, lambda x: (x.flatten(1).sum(1), x))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("option", ["--compile", "--bf16"])

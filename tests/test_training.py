@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+from torchvision.ops import StochasticDepth
 
 import networks
 from tests.formats import patterned
@@ -75,6 +76,59 @@ def test_a_stopped_group_continues(stacked, moment, tmp_path):
     training.train_together(members, source, recipe, 0, keys, checkpoint=Checkpoint(tmp_path / "c.pt"), stacked=stacked)
     for one, other in zip(expected, members, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_too_little_memory_for_all_together_trains_one_by_one(monkeypatch):
+    def refuse(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    keys = [("x", k) for k in range(3)]
+    source, expected, recipe = setting()
+    training.train_together(expected, source, recipe, 0, keys, stacked=False)
+    monkeypatch.setattr(training, "_train_stacked", refuse)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    _, members, _ = setting()
+    training.train_together(members, source, recipe, 0, keys, stacked=True)
+    for one, other in zip(expected, members, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def dropping():
+    torch.manual_seed(0)
+    block = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Dropout(0.5), StochasticDepth(0.5, "row"))
+    return torch.nn.Sequential(torch.nn.Flatten(), block, torch.nn.Linear(32, 10)).double()
+
+
+def test_networks_that_draw_random_numbers_repeat_and_continue(tmp_path):
+    source, _, recipe = setting()
+    expected = dropping()
+    training.train(expected, source, recipe, 0, ("x",))
+    torch.manual_seed(1)
+    again = dropping()
+    torch.rand(7)
+    state = torch.random.get_rng_state()
+    training.train(again, source, recipe, 0, ("x",))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(p, q) for p, q in zip(expected.parameters(), again.parameters(), strict=True))
+
+    checkpoint, ticks = Checkpoint(tmp_path / "c.pt", minutes=0), []
+    original = checkpoint.tick
+
+    def tick():
+        original()
+        ticks.append(1)
+        if len(ticks) == 5:  # inside the second epoch
+            raise Stop
+
+    checkpoint.tick = tick
+    with pytest.raises(Stop):
+        training.train(dropping(), source, recipe, 0, ("x",), checkpoint=checkpoint)
+    continued = dropping()
+    training.train(continued, source, recipe, 0, ("x",), checkpoint=Checkpoint(tmp_path / "c.pt"))
+    assert all(torch.equal(p, q) for p, q in zip(expected.parameters(), continued.parameters(), strict=True))
+    other = dropping()
+    training.train(other, source, recipe, 0, ("y",))
+    assert not torch.equal(next(other.parameters()), next(expected.parameters()))
 
 
 SIZES = {"ConvNetD6": 64, "ConvNetD7": 128, "ConvNetD8": 256, "ResNet18ImageNet": 128, "ResNet6ImageNet": 128}

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from utils.runtime import to_device
+
 # Constants of the DSA release, which MTT and IDC share.
 BRIGHTNESS = 1.0
 SATURATION = 2.0
@@ -182,8 +184,8 @@ def random_windows(images, rng, size, samples):
     total = count * samples
     device = images.device
     place = torch.arange(size, device=device)
-    top = torch.from_numpy(rng.integers(height, size=total)).to(device)
-    left = torch.from_numpy(rng.integers(width, size=total)).to(device)
+    top = to_device(rng.integers(height, size=total), device)
+    left = to_device(rng.integers(width, size=total), device)
     rows = (top[:, None] + place) % height
     columns = (left[:, None] + place) % width
     which = torch.arange(total, device=device) % count
@@ -199,20 +201,21 @@ def cutmix(x, setting, rng):
         rng: numpy.random.Generator.
 
     Returns:
-        (mixed pictures, permutation (B,) of the partners, share of the pictures' own labels).
+        (mixed pictures, permutation (B,) of the partners, share of the pictures' own labels); the batch that is not
+        mixed has no partners (None) and a share of 1.
     """
     probability, beta = setting
     height, width = x.shape[2:]
     mixes = rng.random() < probability
     share = rng.beta(beta, beta)
-    other = torch.from_numpy(rng.permutation(len(x))).to(x.device)
+    other = to_device(rng.permutation(len(x)), x.device)
     side = math.sqrt(1 - share)
     bounds = []
     for size in (height, width):
         centre, cut = int(rng.integers(size)), int(size * side)
         bounds += [max(centre - cut // 2, 0), min(centre + cut // 2, size)]
     if not mixes:
-        return x, other, 1.0
+        return x, None, 1.0
     top, bottom, left, right = bounds
     mixed = x.clone()
     mixed[:, :, top:bottom, left:right] = x[other, :, top:bottom, left:right]
@@ -236,5 +239,5 @@ def random_resized_crop(x, rng, smallest=0.08):
     theta = np.zeros((count, 2, 3), dtype=np.float32)
     theta[:, 0, 0], theta[:, 0, 2] = width * sign, centre_x
     theta[:, 1, 1], theta[:, 1, 2] = height, centre_y
-    grid = F.affine_grid(torch.from_numpy(theta).to(x), x.shape, align_corners=False)
+    grid = F.affine_grid(to_device(theta, x.device).to(x.dtype), x.shape, align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

@@ -99,7 +99,7 @@ def sweep(images, velocity, lr, momentum, gradients_of):
     ahead = [momentum_ahead(momentum, steps) for steps in range(classes)]
 
     def per_class(values):
-        return torch.tensor(values, dtype=images.dtype, device=images.device).view(-1, 1, 1, 1, 1)
+        return torch.tensor(values, dtype=images.dtype).to(images.device, non_blocking=True).view(-1, 1, 1, 1, 1)
 
     turns = range(classes)
     images -= lr * per_class(ahead) * velocity

@@ -78,6 +78,11 @@ def floats_of(network):
     return [*network.parameters(), *(buffer for buffer in network.buffers() if buffer.is_floating_point())]
 
 
+def on_cpu(state):
+    """Return the state dict of a network with its tensors on the CPU, as files hold it."""
+    return {name: value.cpu() for name, value in state.items()}
+
+
 def pretrained_path(options, number):
     """Return the file of pretrained network `number`."""
     folder = Path("pretrained") / idc_options.place(options) / idc_options.model_tag(options)

@@ -154,8 +154,9 @@ class _Stack:
         """Put `tensor` on top; the caller may not change it afterwards."""
         self.memory[self.count] = tensor
         if self.like.is_cuda:
-            host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self.memory[self.count] = host.copy_(tensor, non_blocking=True)
+            with contextlib.suppress(RuntimeError):  # the host may refuse to pin
+                host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+                self.memory[self.count] = host.copy_(tensor, non_blocking=True)
         elif self.like.device.type == "cpu":
             with contextlib.suppress(OSError):
                 self._write(tensor)

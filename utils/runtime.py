@@ -1,5 +1,6 @@
 """Device, random streams, signals and versions: the surroundings of a run."""
 
+import contextlib
 import ctypes
 import platform
 import signal
@@ -30,14 +31,16 @@ def choose_device(name):
             if device.index is not None:
                 raise UserError(f"--device {name}: expected cuda under torchrun, which gives every rank its own GPU")
             device = torch.device("cuda", distributed.local_rank())
-            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); use auto or cpu") from None
     if device.type == "cuda":
-        # The published runs had TF32 convolutions by PyTorch's default and TF32 products on their cards.
-        torch.backends.cuda.matmul.allow_tf32 = True
+        # The published runs had TF32 convolutions by PyTorch's default. Products stay in float32: augmentation and ZCA
+        # are made of them and would lose bits of every pixel, while a network has but one, its classifier.
         torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = False
     if device.type == "cpu":
         _keep_freed_memory()
     return device
@@ -72,6 +75,11 @@ def stream(seed, *keys):
     return np.random.default_rng([seed, *(_code(key) for key in keys)])
 
 
+def to_device(array, device):
+    """Return a NumPy array as a tensor on `device`, without waiting for what the device still has to do."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
 def _code(key):
     return zlib.crc32(key.encode()) if isinstance(key, str) else int(key)
 
@@ -82,6 +90,14 @@ def seeded(seed, *keys):
     Network initialisations draw from torch's global generator; they run inside this.
     """
     return _Seeded(int(stream(seed, *keys).integers(2**63)))
+
+
+@contextlib.contextmanager
+def draws_of(seed, device):
+    """A context in which torch's generators of the CPU and of `device` are seeded; outside it nothing changes."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 class _Seeded:

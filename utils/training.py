@@ -1,5 +1,6 @@
 """Training networks on real or synthetic pictures: experts, transitions and evaluations of both methods."""
 
+import contextlib
 import copy
 import dataclasses
 
@@ -7,11 +8,14 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
 
 import networks
 from utils.augment import DSA, cutmix, random_resized_crop, random_windows
 from utils.files import Checkpoint
-from utils.runtime import seeded, stream
+from utils.runtime import draws_of, seeded, stream, to_device
+
+DRAWING = (nn.modules.dropout._DropoutNd, StochasticDepth)  # layers that draw random numbers when they train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +153,11 @@ def train_together(members, source, recipe, seed, keys, optimizers=None, checkpo
         on_gpu = source.labels.device.type == "cuda"
         stacked = on_gpu and len(members) > 1 and not any(True for _ in members[0].buffers())
     if stacked:
-        _train_stacked(members, source, recipe, seed, keys, optimizers, checkpoint)
-        return optimizers
+        # Until its end nothing of the members changes; where they do not fit together they train one by one.
+        with contextlib.suppress(torch.OutOfMemoryError):
+            _train_stacked(members, source, recipe, seed, keys, optimizers, checkpoint)
+            return optimizers
+        torch.cuda.empty_cache()
     done = 0
 
     def state():
@@ -240,7 +247,7 @@ def minibatches(source, recipe, rng, index=None):
         (x (B, C, H, W), y (B,), permutation of the partners or None, share of the own labels).
     """
     count = len(source) if index is None else len(index)
-    order = torch.from_numpy(rng.permutation(count)).to(source.labels.device)
+    order = to_device(rng.permutation(count), source.labels.device)
     if index is not None:
         order = index[order]
     for start in range(0, count, recipe.batch_size):
@@ -278,6 +285,8 @@ def train_epoch(network, optimizer, source, recipe, rng, masks=None, index=None,
     position = position or Position()
     first, pictures = position.batch, 0
     total = torch.zeros((), device=source.labels.device) + position.total
+    # Networks that draw random numbers themselves: each minibatch has its own, whatever was trained before it.
+    draws = int(rng.integers(2**62)) if any(isinstance(m, DRAWING) for m in network.modules()) else None
     for number, (x, *target) in enumerate(minibatches(source, recipe, rng, index)):
         pictures += len(x)
         if number < first:
@@ -285,7 +294,8 @@ def train_epoch(network, optimizer, source, recipe, rng, masks=None, index=None,
         if tick:
             position.batch, position.total = number, total
             tick()
-        loss = mixed_loss(network(x), *target)
+        with contextlib.nullcontext() if draws is None else draws_of(draws + number, x.device):
+            loss = mixed_loss(network(x), *target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
