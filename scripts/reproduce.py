@@ -77,8 +77,10 @@ IDC = {
 }
 IDC_EVALUATION = {"repeat": 3}
 
-# --scale small changes these. A one-shot row makes as many iterations as the stages of its PDD row together, on
-# minibatches of the same size, so that both make the same number of steps.
+# --scale small changes these. MTT's one-shot row makes as many iterations as the stages of its PDD row together, on
+# minibatches of the same size, so that every image takes part in as many steps. IDC's makes as many as one stage, as
+# published, which also moves every image as often; its learning rate grows with the images of a stage, so that one
+# image moves as far in both only where the one-shot row's is set so much lower.
 SMALL_MTT = {
     "model": "ConvNetW32", "zca": False, "lr_teacher": 0.02, "lr_lr": 1e-05, "batch_syn": 20, "syn_steps": 20,
     "expert_epochs": 1, "max_start_epoch": 2, "Iteration": 200, "eval_it": 100, "override_epoch_eval_train": 100,
@@ -88,7 +90,7 @@ SMALL_EXPERTS = {"train_epochs": 3, "num_experts": 6}
 SMALL_DISTILLATION = {"num_eval": 2}
 SMALL_MTT_EVALUATION = {"num_experts": 6, "num_eval": 3, "epoch_eval_train": 100, "full_epochs": 4}
 SMALL_IDC = {
-    "width": 0.25, "niter": 2, "inner_loop": 20, "n_data": 500, "lr_img": 0.05, "epochs": 100, "print-freq": 1,
+    "width": 0.25, "niter": 2, "inner_loop": 20, "n_data": 500, "lr_img": 0.25, "epochs": 100, "print-freq": 1,
 }  # fmt: skip
 SMALL_IDC_EVALUATION = {"repeat": 3, "eval_models": "self", "full_epochs": 4}
 
@@ -156,7 +158,7 @@ def presets(row, scale):
     if method == "idc":
         both |= {**IDC[name], "num-intervals": stages} | (SMALL_IDC if small else {})
         if small and oneshot:
-            both["niter"] *= STAGES
+            both["lr_img"] /= STAGES
         return both, {"distill_idc.py": {}, "evaluate_idc.py": SMALL_IDC_EVALUATION if small else IDC_EVALUATION}
     dataset = MTT[name]["dataset"]
     both |= {**MTT[name], "num_intervals": stages} | (SMALL_MTT if small else {})
