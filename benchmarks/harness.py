@@ -74,19 +74,20 @@ def pair(label, module, baseline, project, arguments, pairs, threads, warm_up=1)
         process.start()
         there.close()  # so that an end of the process shows here
         _receive(here, label, function)
-        ends.append((here, process))
+        ends.append((here, process, function))
     times = [[], []]
     for turn in range(pairs + warm_up):
         order = (0, 1) if turn % 2 == 0 else (1, 0)
         for which in order:
-            ends[which][0].send("go")
-            seconds = _receive(ends[which][0], label, (baseline, project)[which])
+            here, _, function = ends[which]
+            here.send("go")
+            seconds = _receive(here, label, function)
             if turn >= warm_up:
                 times[which].append(seconds)
     memory = []
-    for here, process in ends:
+    for here, process, function in ends:
         here.send("stop")
-        memory.append(_receive(here, label, process.name))
+        memory.append(_receive(here, label, function))
         process.join()
     ratios = [project_s / baseline_s for baseline_s, project_s in zip(*times, strict=True)]
     return {

@@ -4,11 +4,8 @@
 set -euo pipefail
 . "$(dirname "$0")/environment.sh" requirements-dev.txt
 
-python - <<'END'
-import sys, torch
-if not torch.cuda.is_available():
-    sys.exit("error: expected an NVIDIA GPU that this PyTorch can use, found none; torch " + torch.__version__)
-END
+python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    { echo "error: expected an NVIDIA GPU that PyTorch can use, found none; see python -m torch.utils.collect_env" >&2; exit 2; }
 data=(--data_path data)
 if [ "${1:-}" = --data_path ]; then
     data=(--data_path "$2")

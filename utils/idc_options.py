@@ -81,8 +81,8 @@ def add(parser, start_interval):
         "--epochs",
         type=o.COUNT,
         default=300,
-        help="epochs on each union: distill_idc.py 1000 (imagenet 3000 to 200, fewer for more pictures), of which a "
-        "transition takes a fifth; evaluate_idc.py 500 (1000 with --last_only or --new_only)",
+        help="epochs on each union, of which a transition takes a fifth (default: distill_idc.py 1000, on imagenet "
+        "3000 to 200, fewer for more pictures; evaluate_idc.py 500, with --last_only or --new_only 1000)",
     )
     train("--batch_size", type=o.COUNT, default=64, help="pictures in a minibatch")
     train("--lr", type=o.POSITIVE, default=0.01, help="learning rate")

@@ -85,31 +85,19 @@ def _code(key):
 
 
 def seeded(seed, *keys):
-    """Return a context in which torch's CPU generator is seeded for `keys`; outside it nothing changes.
-
-    Network initialisations draw from torch's global generator; they run inside this.
-    """
-    return _Seeded(int(stream(seed, *keys).integers(2**63)))
+    """Return a context like `draws_of` on the CPU, seeded for `keys`: network initialisations run inside it."""
+    return draws_of(int(stream(seed, *keys).integers(2**63)), torch.device("cpu"))
 
 
 @contextlib.contextmanager
 def draws_of(seed, device):
     """A context in which torch's generators of the CPU and of `device` are seeded; outside it nothing changes."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_gpu else []):
+        torch.random.default_generator.manual_seed(seed)
+        if on_gpu:
+            torch.cuda.manual_seed(seed)
         yield
-
-
-class _Seeded:
-    def __init__(self, seed):
-        self.seed = seed
-
-    def __enter__(self):
-        self.before = torch.random.get_rng_state()
-        torch.random.default_generator.manual_seed(self.seed)
-
-    def __exit__(self, *_):
-        torch.random.set_rng_state(self.before)
 
 
 class Signals:
