@@ -11,79 +11,62 @@ trajectories. The same command again continues where it was, or says that all is
     python buffer_mtt.py … --shard i/n
 """
 
+import utils.run.quiet_imports  # noqa: F401 - before anything slow
+
+# isort: split
 import argparse
 import contextlib
 import re
 
-import utils.options as o
-from utils import distributed, errors, files, report, training
+from utils import options, sizes, training
 from utils.augment import DSA
-from utils.runtime import choose_device, stream
-from utils.trajectories import BUFFER, PARTIAL, Recorder, buffer_files, buffer_folder, load_buffer
+from utils.options import COUNT, FLAG, FRACTION, POSITIVE, RATE, RESUMABLE_CHANGES, Parser, mtt
+from utils.results.provenance import check_data
+from utils.run import distributed, files
+from utils.run.checkpoint import PARTIAL
+from utils.run.device import setup_device
+from utils.run.errors import UserError
+from utils.run.log import Progress, print0
+from utils.run.main import run_script
+from utils.run.streams import stream
+from utils.trajectories import (
+    BUFFER_CONFIG,
+    BufferWriter,
+    buffer_files,
+    buffer_folder,
+    load_buffer,
+    record_trajectory,
+)
 
-MEMORY = "--batch_train or a narrower --model"  # lower it
+SHARD_LOCK = ".lock_shard"
+OOM_ADVICE = "--batch_train or a narrower --model"
+
+EXPERTS = [
+    ("--buffer_path", str, "./buffers", "root folder of the buffers"),
+    ("--model", options.network_name, "ConvNet", "network"),
+    ("--num_experts", COUNT, 100, "experts to record"),
+    ("--train_epochs", COUNT, 50, "epochs of each expert"),
+    ("--lr_teacher", POSITIVE, 0.01, "learning rate"),
+    ("--batch_train", COUNT, 256, "images in a minibatch"),
+    ("--batch_real", COUNT, 256, options.UNUSED),
+    ("--mom", RATE, 0.0, "momentum of SGD"),
+    ("--l2", RATE, 0.0, "weight decay of SGD"),
+    ("--decay", FLAG, False, "learning rate x 0.1 after half of the epochs"),
+    ("--save_interval", COUNT, 10, "trajectories in a file"),
+    ("--use-random-pruning", FLAG, False, "prune every convolution at its start"),
+    ("--sparse-ratio", FRACTION, 0.0, "share of its weights to prune"),
+    ("--val_fraction", FRACTION, 0.0, "share of the training images that no expert sees, for distill_mtt.py "
+     "--select_on val"),
+]  # fmt: skip
 
 
 def parse():
-    parser = o.Parser(__doc__)
-    data = o.add_data(parser)
-    o.add_augmentation(data)
-    data.add_argument("--buffer_path", default="./buffers", help="root folder of the buffers")
-    expert = parser.add_argument_group("experts")
-    expert.add_argument("--model", type=o.network_name, default="ConvNet", help="network")
-    expert.add_argument("--num_experts", type=o.COUNT, default=100, help="experts to record")
-    expert.add_argument("--train_epochs", type=o.COUNT, default=50, help="epochs of each expert")
-    expert.add_argument("--lr_teacher", type=o.POSITIVE, default=0.01, help="learning rate")
-    expert.add_argument("--batch_train", type=o.COUNT, default=256, help="pictures in a minibatch")
-    expert.add_argument("--batch_real", type=o.COUNT, default=256, help="accepted for old commands; not used")
-    expert.add_argument("--mom", type=o.RATE, default=0.0, help="momentum of SGD")
-    expert.add_argument("--l2", type=o.RATE, default=0.0, help="weight decay of SGD")
-    expert.add_argument("--decay", action="store_true", help="learning rate x 0.1 after half of the epochs")
-    expert.add_argument("--save_interval", type=o.COUNT, default=10, help="trajectories in a file")
-    expert.add_argument("--use-random-pruning", action="store_true", help="prune every convolution at its start")
-    expert.add_argument("--sparse-ratio", type=o.FRACTION, default=0.0, help="share of its weights to prune")
-    expert.add_argument(
-        "--val_fraction",
-        type=o.FRACTION,
-        default=0.0,
-        help="share of the training pictures that no expert sees, for distill_mtt.py --select_on val",
-    )
-    machine = o.add_machine(parser)
-    machine.add_argument("--shard", type=shard, help="i/n: record part i (from 1) of n alone; the last one merges")
+    parser = Parser(__doc__)
+    parser.add_options("data", mtt.DATA + mtt.AUGMENTATION)
+    parser.add_options("experts", EXPERTS)
+    own = [("--shard", shard, None, "i/n: record part i (from 1) of n alone; the last one merges")]
+    parser.add_options("machine", options.MACHINE + options.SEED + own)
     return parser.parse_args()
-
-
-def main():
-    options = parse()
-    device = choose_device(options.device)
-    folder = buffer_folder(options.buffer_path, o.place(options), options.model, options.zca)
-    real = o.load_data(options, device).held_out(options.val_fraction)
-    o.check_network(options.model, real)
-    parameters = sum(p.numel() for p in training.new_network(options.model, real, options.seed).parameters())
-    size = parameters * 4 * (options.train_epochs + 1) * options.num_experts
-    if options.dry_run:
-        report.dry_run(
-            options, {"data": options.data_path}, folder, f"{steps_of(options, len(real.train))} optimiser steps", size
-        )
-        return
-
-    elsewhere = distributed.first(lambda: made_elsewhere(folder, options.num_experts))
-    if elsewhere:
-        report.show(f"{folder}: done, {elsewhere} experts are there already")
-        return
-    with contextlib.ExitStack() as locks:
-        hold(locks, folder, options.shard)
-        missing = distributed.first(lambda: find_missing(options, folder, size))
-        if missing:
-            record(options, real, folder, missing)
-    if options.shard:
-        left = merge_shards(options, folder)
-        if left != 0:
-            others = f"{left} experts of others are missing" if left else "others are at work"
-            report.show(f"{folder}: shard {options.shard[0]}/{options.shard[1]} is done, {others}")
-            return
-    there = f"in {len(buffer_files(folder))} files" if missing else "are there already"
-    report.show(f"{folder}: done, {options.num_experts} experts {there}")
 
 
 def shard(text):
@@ -94,113 +77,138 @@ def shard(text):
     return int(match[1]), int(match[2])
 
 
-def hold(locks, folder, shard):
-    """Take the locks of this run; those of other shards may be held beside it."""
-    locks.enter_context(files.locked(folder, shared=shard is not None))
+def main():
+    args = parse()
+    device = setup_device(args.device)
+    folder = buffer_folder(args.buffer_path, mtt.dataset_subdir(args), args.model, args.zca)
+    real = mtt.load_data(args, device).held_out(args.val_fraction)
+    options.check_network(args.model, real)
+    size = sizes.experts(vars(args), real.info, len(real.train))
+    if args.dry_run:
+        print0(options.dry_run(args, {"data": args.data_path}, folder, size))
+        return
+    options.warn_of_few_images(real, args.batch_train)
+    if recorded := distributed.on_rank0(lambda: made_elsewhere(folder, args.num_experts)):
+        print0(f"{folder}: done, {recorded} experts are there already")
+        return
+    with locked(folder, args.shard):
+        missing = distributed.on_rank0(lambda: find_missing(args, folder, real.info, size))
+        record(args, real, folder, missing)
+    if args.shard:
+        left = merge_shards(args, folder)
+        if left != 0:
+            others = f"{left} experts of others are missing" if left else "others are at work"
+            print0(f"{folder}: shard {args.shard[0]}/{args.shard[1]} is done, {others}")
+            return
+    there = f"in {len(buffer_files(folder))} files" if missing else "are there already"
+    print0(f"{folder}: done, {args.num_experts} experts {there}")
+
+
+@contextlib.contextmanager
+def locked(folder, shard):
+    """Hold the folder for a whole run, or a shard's place in it: shards work beside each other, not beside a whole run.
+
+    Raises:
+        UserError: another process is in the way.
+    """
     if shard:
-        locks.enter_context(files.locked(folder / PARTIAL, f".lock_shard{shard[0]}of{shard[1]}"))
+        with files.locked(folder, timeout=files.LOCK_TIMEOUT, alone=False):
+            pass  # no whole run is at work
+        with files.locked(folder, f"{PARTIAL}/{SHARD_LOCK}{shard[0]}of{shard[1]}", alone=False):
+            yield
+    else:
+        for path in distributed.on_rank0(lambda: sorted((folder / PARTIAL).glob(f"{SHARD_LOCK}*"))):
+            with files.locked(folder, f"{PARTIAL}/{path.name}", alone=False):
+                pass  # this shard is not at work
+        with files.locked(folder):
+            yield
 
 
 def made_elsewhere(folder, wanted):
-    """Return how many experts `folder` holds that this script did not record, 0 for its own.
+    """Return how many experts `folder` holds that this script did not record; 0 if they are its own.
 
     Raises:
         UserError: fewer than `wanted`.
     """
-    if not buffer_files(folder) or (folder / BUFFER).exists():
+    if not buffer_files(folder) or (folder / BUFFER_CONFIG).exists():
         return 0
     found = sum(len(load_buffer(path)) for path in buffer_files(folder))
     if found < wanted:
-        raise errors.UserError(
+        raise UserError(
             f"{folder}: holds {found} experts made elsewhere, which cannot be continued; lower --num_experts "
             f"to {found} or choose another --buffer_path"
         )
     return found
 
 
-def find_missing(options, folder, size):
+def find_missing(args, folder, info, size):
     """Return the numbers of this run's experts that are not on disk yet.
-
-    Args:
-        size: of all experts in bytes.
 
     Raises:
         UserError: the folder belongs to another run, or the disk is too small.
     """
-    given = {name: value for name, value in vars(options).items() if name != "shard"}
-    files.claim(folder, given, (*o.FREE, "num_experts"), BUFFER, {"val_fraction": 0.0})
-    recorder = Recorder(folder, options.num_experts, options.save_interval)
-    if not options.shard:
-        recorder.merge()
-    missing = recorder.missing()
-    if not missing:
-        (folder / "checkpoint.pt").unlink(missing_ok=True)  # of a run that ended before it could
-    if options.shard:
-        number, shards = options.shard
+    config = {name: value for name, value in vars(args).items() if name != "shard"}
+    free, defaults = (*RESUMABLE_CHANGES, "num_experts"), {"val_fraction": 0.0}
+    begun = files.check_config(folder, config, free, BUFFER_CONFIG, defaults, fingerprint=info.fingerprint)
+    check_data(folder / BUFFER_CONFIG, begun.get("fingerprint"), info)
+    writer = BufferWriter(folder, args.num_experts, args.save_interval)
+    if not args.shard:
+        writer.merge()
+    missing = writer.missing()
+    if args.shard:
+        number, shards = args.shard
         missing = [expert for expert in missing if expert % shards == number - 1]
-    files.need_disk(folder, size * len(missing) // options.num_experts, f"{len(missing)} experts")
+    files.need_disk(folder, size.disk * len(missing) // args.num_experts, f"{len(missing)} experts")
     return missing
 
 
-def merge_shards(options, folder):
-    """Merge what all shards have recorded; returns how many experts are missing, None where a shard is at work yet."""
-    with contextlib.ExitStack() as locks:
-        try:
-            locks.enter_context(files.locked(folder, patience=0))
-        except errors.UserError:
-            return None  # it merges when it is done
-        recorder = Recorder(folder, options.num_experts, options.save_interval)
-        distributed.first(recorder.merge)
-        return len(distributed.first(recorder.missing))
-
-
-def record(options, real, folder, missing):
+def record(args, real, folder, missing):
     """Train the `missing` experts, each from its own random stream, spread over the ranks."""
-    dsa = DSA(options.dsa_strategy) if options.dsa else None
-    drops = ((options.train_epochs // 2 + 1, 0.1),) if options.decay else ()
-    recipe = training.Recipe(
-        options.train_epochs, options.lr_teacher, options.mom, options.l2, options.batch_train, dsa, drops
+    dsa = DSA(args.dsa_strategy) if args.dsa else None
+    milestones = ((args.train_epochs // 2 + 1, 0.1),) if args.decay else ()
+    config = training.TrainConfig(
+        args.train_epochs, args.lr_teacher, args.mom, args.l2, args.batch_train, dsa, milestones
     )
-    recorder = Recorder(folder, options.num_experts, options.save_interval)
-    alone = distributed.size() == 1 and not options.shard
-    place = folder / "checkpoint.pt"
-    if options.shard:
-        place = folder / PARTIAL / f"checkpoint_shard{options.shard[0]}of{options.shard[1]}.pt"
-    checkpoint = files.Checkpoint(place, options.checkpoint_minutes, vars(options), (*o.FREE, "num_experts", "shard"))
-
-    def train(expert, checkpoint):
-        network = training.new_network(options.model, real, options.seed, "expert", expert)
+    writer = BufferWriter(folder, args.num_experts, args.save_interval)
+    alone = distributed.size() == 1 and not args.shard
+    for expert in distributed.share(missing):
+        network = training.new_network(args.model, real, args.seed, "expert", expert)
         masks = None
-        if options.use_random_pruning:
-            masks = training.random_masks(network, options.sparse_ratio, stream(options.seed, "pruning", expert))
-        progress = report.Progress(recipe.epochs, f"expert {expert + 1}/{options.num_experts}, epoch")
-        trajectory = training.record_trajectory(
+        if args.use_random_pruning:
+            masks = training.random_masks(network, args.sparse_ratio, stream(args.seed, "pruning", expert))
+        progress = Progress(args.train_epochs, f"expert {expert + 1}/{args.num_experts}, epoch")
+        trajectory = record_trajectory(
             network,
             real.train,
-            recipe,
-            options.seed,
+            config,
+            args.seed,
             ("expert", expert, "train"),
             masks,
-            lambda _epoch, loss: progress.update(loss=loss),
-            checkpoint,
+            writer.states(expert),
+            lambda _epoch, loss, progress=progress: progress.update(loss=loss),
         )
         if not all(bool(tensor.isfinite().all()) for tensor in trajectory[-1]):
-            raise errors.UserError(f"expert {expert} became NaN or infinite and was not saved; lower --lr_teacher")
+            raise UserError(f"expert {expert} became NaN or infinite and was not saved; lower --lr_teacher")
+        writer.add(expert, trajectory, alone)
         test = training.accuracy(network, real.test)
-        recorder.add(expert, trajectory, alone)
-        progress.say(f"expert {expert + 1}/{options.num_experts}: test accuracy {test:.2f} %")
+        progress.say(f"expert {expert + 1}/{args.num_experts}: test accuracy {test:.2f} %")
         progress.close()
-
-    checkpoint.spread("experts", (), missing, train)
-    checkpoint.clear()
-    if not options.shard:
-        distributed.first(recorder.merge)
+    distributed.barrier()
+    if not args.shard:
+        distributed.on_rank0(writer.merge)
 
 
-def steps_of(options, pictures):
-    """Return the optimiser steps of the whole run."""
-    return options.num_experts * options.train_epochs * -(-pictures // options.batch_train)
+def merge_shards(args, folder):
+    """Merge what all shards have recorded; returns how many experts are missing, None if a shard is at work yet."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.locked(folder, timeout=files.LOCK_TIMEOUT, alone=False))
+        except UserError:
+            return None  # it merges when it is done
+        writer = BufferWriter(folder, args.num_experts, args.save_interval)
+        distributed.on_rank0(writer.merge)
+        return len(distributed.on_rank0(writer.missing))
 
 
 if __name__ == "__main__":
-    distributed.run(main, MEMORY)
+    run_script(main, OOM_ADVICE)

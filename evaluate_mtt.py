@@ -6,171 +6,146 @@
         --save_path logged_files --epoch_eval_train 500
 
 Prints a table and writes report.json and accuracy.png into the experiment's folder. Beside each network stand two
-rows for scale: the same network trained on as many random real pictures, and on the full training set.
+reference rows: the same network trained on as many random real images, and on the full training set.
 """
 
-from pathlib import Path
+import utils.run.quiet_imports  # noqa: F401 - before anything slow
 
+# isort: split
 import networks
-import utils.options as o
-from utils import augment, distributed, files, progressive, report, synset, training
-from utils.errors import UserError
-from utils.evaluation import Contender, Evaluation, evaluate_and_report
-from utils.reparam import FlatNetwork, set_flat
-from utils.runtime import choose_device, versions
-from utils.trajectories import Experts, find_buffers
+from networks.reparam import set_flat
+from utils import options, sizes, training
+from utils.augment import DSA
+from utils.evaluation import EvalModel, Evaluation, evaluate_and_report
+from utils.options import COUNT, FLAG, RATE, UNUSED, Parser, mtt
+from utils.results import names
+from utils.results.provenance import check_data, check_result
+from utils.run import files
+from utils.run.device import setup_device
+from utils.run.errors import UserError
+from utils.run.log import log0, print0
+from utils.run.main import run_script
+from utils.stages import evaluation_config
+from utils.synthetic import load_mtt
+from utils.trajectories import Experts, find_buffers, recorded_fingerprint
 
-MEMORY = "--batch_train or a narrower --model"  # lower it
+OOM_ADVICE = "--batch_train or a narrower --model"
+
+STAGES = [
+    ("--num_intervals", COUNT, 2, "stages P"),
+    ("--save_path", str, "logged_files", "root folder of the results"),
+    ("--override_load_path", str, None, "name of the experiment's folder, instead of the one that the options give"),
+    ("--override_interval_names", str, None, "names of the stages' folders, joined by dots"),
+]
+EVALUATION = [
+    ("--num_experts", COUNT, 100, "networks of the distillation's architecture"),
+    ("--num_eval", COUNT, 5, "networks of every other architecture"),
+    ("--epoch_eval_train", COUNT, 1000, "epochs on every union"),
+    ("--dsa_strategy", options.strategy, options.DSA_STRATEGY, "augmentation; none for none"),
+    ("--buffer_path", str, "buffers", "experts whose first parameters the networks start from"),
+    ("--mom", RATE, 0.0, UNUSED),
+    ("--l2", RATE, 0.0, UNUSED),
+    ("--save_interval", COUNT, 10, UNUSED),
+    ("--save_model", FLAG, False, "save the trained networks' parameters"),
+    ("--save_model_prefix", str, "model", "start of their file names"),
+]
 
 
 def parse():
-    parser = o.Parser(__doc__)
-    data = o.add_data(parser)
-    data.add_argument("--dsa_strategy", type=o.strategy, default=o.DSA_STRATEGY, help="augmentation; none for none")
-    data.add_argument("--buffer_path", default="buffers", help="experts whose first parameters the networks start from")
-    experiment = parser.add_argument_group("experiment")
-    o.add_experiment(experiment)
-    experiment.add_argument("--num_intervals", type=o.COUNT, default=2, help="stages P")
-    experiment.add_argument("--texture", action="store_true", help="the pictures are canvases")
-    experiment.add_argument("--canvas_size", type=o.COUNT, default=2, help="pictures on each side of a canvas")
-    experiment.add_argument("--canvas_samples", type=o.COUNT, default=1, help="windows of each canvas in a minibatch")
-    experiment.add_argument("--tag", default="", help="end of the experiment folder's name")
-    experiment.add_argument("--save_path", default="logged_files", help="root folder of the results")
-    experiment.add_argument(
-        "--override_load_path", help="name of the experiment's folder, instead of the one that the options give"
-    )
-    experiment.add_argument("--override_interval_names", help="names of the stages' folders, joined by dots")
-    evaluation = parser.add_argument_group("evaluation")
-    o.add_eval_models(evaluation)
-    evaluation.add_argument(
-        "--num_experts", type=o.COUNT, default=100, help="networks of the distillation's architecture"
-    )
-    evaluation.add_argument("--num_eval", type=o.COUNT, default=5, help="networks of every other architecture")
-    evaluation.add_argument("--epoch_eval_train", type=o.COUNT, default=1000, help="epochs on every union")
-    evaluation.add_argument("--mom", type=o.RATE, default=0.0, help="accepted for old commands; not used")
-    evaluation.add_argument("--l2", type=o.RATE, default=0.0, help="accepted for old commands; not used")
-    evaluation.add_argument("--save_interval", type=o.COUNT, default=10, help="accepted for old commands; not used")
-    evaluation.add_argument("--skip_random", action="store_true", help="no row for random real pictures")
-    evaluation.add_argument("--skip_full", action="store_true", help="no row for the full training set")
-    evaluation.add_argument("--full_epochs", type=o.COUNT, default=50, help="epochs on the full training set")
-    evaluation.add_argument("--full_networks", type=o.COUNT, default=1, help="networks trained on the full set")
-    evaluation.add_argument("--save_model", action="store_true", help="save the trained networks' parameters")
-    evaluation.add_argument("--save_model_prefix", default="model", help="start of their file names")
-    o.add_machine(parser)
+    parser = Parser(__doc__)
+    parser.add_options("data", mtt.DATA)
+    parser.add_options("experiment", mtt.EXPERIMENT + STAGES)
+    parser.add_options("evaluation", options.EVALUATION + EVALUATION)
+    parser.add_options("machine", options.MACHINE + options.SEED)
     return parser.parse_args()
 
 
 def main():
-    options = parse()
-    device = choose_device(options.device)
-    experiment = experiment_folder(options)
-    names = options.override_interval_names.split(".") if options.override_interval_names else None
-    folders = progressive.find_stages(experiment, options.num_intervals, names)
-    real = o.load_data(options, device)
-    pool = pool_of(options)
+    args = parse()
+    device = setup_device(args.device)
+    experiment = experiment_folder(args)
+    given = args.override_interval_names.split(".") if args.override_interval_names else None
+    folders = names.find_mtt_stages(experiment, args.num_intervals, given)
+    real = mtt.load_data(args, device)
+    check_result(experiment, real.info)
+    pool = pool_of(args)
     for model in pool:
-        o.check_network(model, real)
-    unions = [synset.load_set(folder, device=device) for folder in folders]
-    select_on = progressive.selected_on([progressive.read_stage(folder) for folder in folders])
-    for folder, union in zip(folders, unions, strict=True):
-        synset.check_set(folder, union, real, options.canvas_size if options.texture else 1)
-    if options.dry_run:
-        inputs = {"data": options.data_path} | {f"stage {n}": folder for n, folder in enumerate(folders, 1)}
-        count = options.num_experts if pool == [options.model] else options.num_eval
-        report.dry_run(
-            options,
-            inputs,
-            experiment / "report.json",
-            f"{len(unions)} stages of "
-            f"{options.epoch_eval_train} epochs for {count} networks of each of {', '.join(pool)}",
-            1e6,
-        )
+        options.check_network(model, real)
+    canvas = args.canvas_size if args.texture else 1
+    unions = [load_mtt(folder, "best", device, real.info, canvas) for folder in folders]
+    select_on = names.selected_on([names.read_mtt_stage(folder) for folder in folders])
+    if args.dry_run:
+        inputs = {"data": args.data_path} | {f"stage {stage}": folder for stage, folder in enumerate(folders, 1)}
+        size = sizes.mtt_evaluation(vars(args), real.info, len(real.train), pool)
+        print0(options.dry_run(args, inputs, experiment / "report.json", size))
         return
+    evaluation = Evaluation(
+        real,
+        [union.dataset() for union in unions],
+        [len(union) // real.info.num_classes for union in unions],
+        args.seed,
+        experiment,
+        0 if args.skip_random else args.num_eval,
+        0 if args.skip_full else args.full_networks,
+    )
+    evaluation.check()
     with files.locked(experiment):
-        checkpoint = files.Checkpoint(experiment / "evaluation_checkpoint.pt", options.checkpoint_minutes)
-        evaluation = Evaluation(
-            real,
-            [progressive.synthetic_source(union) for union in unions],
-            [len(union) // real.num_classes for union in unions],
-            options.seed,
-            checkpoint,
-            0 if options.skip_random else options.num_eval,
-            0 if options.skip_full else options.full_networks,
-        )
-        contenders = Contenders(options, real, unions, experiment)
-        evaluate_and_report(
-            experiment,
-            options.dataset,
-            evaluation,
-            [contenders.make(model) for model in pool],
-            {key: value for key, value in vars(options).items() if key not in o.FREE},
-            versions(),
-            select_on,
-        )
+        starts = find_starts(args, real)
+        models = [eval_model(name, args, real, unions, starts, experiment) for name in pool]
+        evaluate_and_report(evaluation, models, args.dataset, options.config_of(args), select_on)
 
 
-def pool_of(options):
+def pool_of(args):
     """Return the names of the networks to evaluate with."""
-    if options.eval_models:
-        return list(dict.fromkeys(options.model if name == "self" else name for name in options.eval_models))
-    return networks.eval_pool(options.eval_mode, options.model)
+    if args.eval_models:
+        return list(dict.fromkeys(args.model if name == "self" else name for name in args.eval_models))
+    return networks.eval_pool(args.eval_mode, args.model)
 
 
-def experiment_folder(options):
-    name = options.override_load_path or progressive.experiment_name(options)
-    return Path(options.save_path) / o.place(options) / name
+def experiment_folder(args):
+    folder = mtt.experiment_folder(args, args.save_path)
+    return folder.with_name(args.override_load_path) if args.override_load_path else folder
 
 
-class Contenders:
-    """Makes the networks of an evaluation and says how they are trained."""
+def find_starts(args, real):
+    """Return the experts whose first parameters the networks start from; None if there are no buffers."""
+    try:
+        folder = find_buffers(args.buffer_path, mtt.dataset_subdir(args), args.model, args.zca)
+    except UserError:
+        log0(f"no experts below {args.buffer_path}: networks start from random initialisations")
+        return None
+    check_data(folder, recorded_fingerprint(folder), real.info)
+    network = training.new_network(args.model, real, args.seed, "shape")
+    return Experts(folder, [parameter.shape for parameter in network.parameters()], 1, args.model)
 
-    def __init__(self, options, real, unions, experiment):
-        self.options, self.real, self.unions, self.experiment = options, real, unions, experiment
-        self.dsa = augment.DSA(options.dsa_strategy)
-        self.starts = self.find_starts()
 
-    def find_starts(self):
-        """Return the experts whose first parameters the networks start from, None where there are no buffers."""
-        options = self.options
-        try:
-            folder = find_buffers(options.buffer_path, o.place(options), options.model, options.zca)
-        except UserError:
-            report.say(f"no experts below {options.buffer_path}: networks start from random initialisations")
-            return None
-        network = training.new_network(options.model, self.real, options.seed, "shape")
-        return Experts(folder, FlatNetwork(network).shapes, 1, options.model)
+def eval_model(name, args, real, unions, starts, experiment):
+    """Return the `EvalModel` of one architecture."""
+    dsa = DSA(args.dsa_strategy)
 
-    def make(self, model):
-        """Return the `Contender` of one architecture."""
-        options = self.options
-        window = self.real.im_size if options.texture else None
-
-        def recipe(epochs, lr, window=None):
-            return training.evaluation_recipe(epochs, lr, options.batch_train, self.dsa, window, options.canvas_samples)
-
-        return Contender(
-            name=model,
-            count=options.num_experts if model == options.model else options.num_eval,
-            network=lambda k: self.network(model, k),
-            recipe=lambda stage: recipe(options.epoch_eval_train, self.unions[stage].syn_lr, window),
-            random_recipe=lambda stage: recipe(options.epoch_eval_train, options.lr_teacher),
-            full_recipe=recipe(options.full_epochs, options.lr_teacher),
-            keep=lambda k, network: self.keep(model, k, network),
-        )
-
-    def network(self, model, k):
-        """Return network k at its start: from expert k where its experts are there, else from a random stream."""
-        network = training.new_network(model, self.real, self.options.seed, "start", model, k)
-        if model == self.options.model and self.starts and k < len(self.starts):
-            set_flat(network, self.starts.parameters(k, 0))
+    def network(k):
+        network = training.new_network(name, real, args.seed, "start", name, k)
+        if name == args.model and starts and k < len(starts):
+            set_flat(network, starts.parameters(k, 0))
         return network
 
-    def keep(self, model, k, network):
-        """Save the trained network where --save_model asks for it."""
-        if self.options.save_model:
-            path = self.experiment / f"{self.options.save_model_prefix}_{model}_{k}.pt"
-            files.save(path, [parameter.detach().cpu() for parameter in network.parameters()])
+    def real_config(epochs):
+        return evaluation_config(epochs, args.lr_teacher, args.batch_train, dsa)
+
+    def save(k, network):
+        if args.save_model:
+            files.save(experiment / f"{args.save_model_prefix}_{name}_{k}.pt", training.snapshot(network))
+
+    return EvalModel(
+        name=name,
+        count=args.num_experts if name == args.model else args.num_eval,
+        network=network,
+        config=lambda stage: mtt.union_config(args, real, args.epoch_eval_train, unions[stage].syn_lr, dsa),
+        random_config=lambda _stage: real_config(args.epoch_eval_train),
+        full_config=real_config(args.full_epochs),
+        save=save,
+    )
 
 
 if __name__ == "__main__":
-    distributed.run(main, MEMORY)
+    run_script(main, OOM_ADVICE)

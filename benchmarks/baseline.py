@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from utils.reparam import FlatNetwork
+from networks.reparam import ReparamModule
 
 
 def unfused(network):
@@ -72,7 +72,7 @@ def match_unrolled(network, start, target, syn_lr, images, labels, steps, apply=
     Returns:
         (loss, gradient of images, gradient of syn_lr).
     """
-    student = FlatNetwork(network)
+    student = ReparamModule(network)
     images = images.clone().requires_grad_()
     syn_lr = syn_lr.clone().requires_grad_()
     theta = start.clone().requires_grad_()
@@ -113,7 +113,7 @@ def idc_sweeps(network, images, earlier, batches, lr, momentum, factor, apply, n
     Returns:
         The loss of every class of every sweep.
     """
-    from utils.formation import decode
+    from utils.multi_formation import decode
 
     optimizer = torch.optim.SGD([images], lr=lr, momentum=momentum)
     parameters = list(network.parameters())

@@ -8,10 +8,8 @@ between two saves it is the share of a long run.
 """
 
 import contextlib
-import json
 import os
 import shlex
-import signal
 import statistics
 import sys
 import tempfile
@@ -20,104 +18,97 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
 import buffer_mtt
 import distill_mtt
 from benchmarks import harness
-from utils import files
+from utils.run.checkpoint import Checkpoint
 
-EXPERTS = shlex.split("--dataset Digits --model ConvNetW32 --lr_teacher 0.03 --batch_train 64")
+COMMON = shlex.split("--dataset Digits --model ConvNetW32 --lr_teacher 0.03 --batch_train 64")
+EXPERTS = shlex.split("--num_experts 5 --train_epochs 8")
 STAGES = shlex.split(
     "--ipc 1 --num_intervals 3 --max_start_epoch 5 --expert_epochs 2 --syn_steps 20 --lr_img 100 --lr_lr 1e-05 "
     "--eval_it 50 --num_eval 2 --override_epoch_eval_train 100"
+)
+SMALLEST_EXPERTS = shlex.split("--num_experts 1 --train_epochs 2")
+SMALLEST_STAGES = shlex.split(
+    "--num_intervals 2 --max_start_epoch 1 --expert_epochs 1 --syn_steps 2 --num_eval 1 --override_epoch_eval_train 1"
 )
 DEFAULT, NEVER = 10.0, 1e6  # minutes
 
 
 def call(main, *words):
-    """Run a script's `main` with `words` on its command line, quietly, with signal handlers of its own."""
+    """Run a script's `main` with `words` on its command line, quietly."""
     sys.argv = [main.__module__, *map(str, words)]
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            main()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        main()
 
 
-def distil(buffers, iterations, minutes, device):
-    """Run a whole distillation in a folder of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        call(distill_mtt.main, *EXPERTS, *STAGES, "--Iteration", iterations, "--buffer_path", buffers,
-             "--root_log_dir", folder, "--checkpoint_minutes", minutes, "--device", device)  # fmt: skip
+def scheduled(folder, words, minutes, device):
+    """Whole distillations, each in a new folder below `folder`, which is removed after the processes' end."""
+
+    def work():
+        with tempfile.TemporaryDirectory(dir=folder) as results:
+            call(distill_mtt.main, *words, "--root_log_dir", results, "--checkpoint_minutes", minutes,
+                 "--device", device)  # fmt: skip
+
+    return work
 
 
-def never(buffers, iterations, minutes, device="cpu"):
-    return lambda: distil(buffers, iterations, NEVER, device)
+def never(minutes, **arguments):
+    return scheduled(**arguments, minutes=NEVER)
 
 
-def scheduled(buffers, iterations, minutes, device="cpu"):
-    return lambda: distil(buffers, iterations, minutes, device)
-
-
-def saves(buffers, iterations, device):
-    """Return the seconds of each save of a run that saves at every step, and the bytes of the largest file."""
-    seconds, sizes, tick = [], [0], files.Checkpoint.tick
+def time_saves(**arguments):
+    """Return the seconds of each save of a run that saves at every iteration, and the bytes of the largest file."""
+    seconds, sizes, save = [], [], Checkpoint.save
 
     def timed(self):
-        before, start = self.last, time.perf_counter()
-        tick(self)
-        if self.last != before:
-            seconds.append(time.perf_counter() - start)
-            sizes.append(self.path.stat().st_size)
+        start = time.perf_counter()
+        save(self)
+        seconds.append(time.perf_counter() - start)
+        sizes.append(self.path.stat().st_size)
 
-    files.Checkpoint.tick = timed
+    Checkpoint.save = timed
     try:
-        distil(buffers, iterations, 0, device)
+        scheduled(**arguments, minutes=0)()
     finally:
-        files.Checkpoint.tick = tick
+        Checkpoint.save = save
     return seconds, max(sizes)
 
 
 def main():
-    parser = harness.parser(__doc__)
-    parser.add_argument("--iterations", type=int, default=20, help="matching iterations of each stage")
-    parser.add_argument("--seconds", type=float, default=2.0, help="between two saves in the row with many of them")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as buffers:
-        call(buffer_mtt.main, *EXPERTS, "--num_experts", 5, "--train_epochs", 8, "--buffer_path", buffers,
-             "--device", options.device)  # fmt: skip
-        rows = [
-            harness.pair(
-                label,
-                "benchmarks.checkpoint",
-                "never",
-                "scheduled",
-                {
-                    "buffers": buffers,
-                    "iterations": options.iterations,
-                    "minutes": minutes,
-                    "device": options.device,
-                },
-                options.pairs,
-                options.threads,
-            )
-            for label, minutes in (
-                (f"every {DEFAULT:g} minutes, the default", DEFAULT),
-                (f"every {options.seconds:g} seconds", options.seconds / 60),
-            )
-        ]
-        seconds, size = saves(buffers, min(options.iterations, 5), options.device)
-    harness.show(f"distill_mtt.py on Digits, 3 stages of {options.iterations} iterations", rows, options)
-    median, worst = statistics.median(seconds), max(seconds)
-    print(
-        f"one save: median {1000 * median:.1f} ms, longest {1000 * worst:.1f} ms ({len(seconds)} saves, the largest "
-        f"of {size / 1e6:.2f} MB); every {DEFAULT:g} minutes: {100 * median / (60 * DEFAULT):.4f} % of the time, "
-        f"{100 * worst / (60 * DEFAULT):.4f} % at most"
+    options = harness.parse(
+        __doc__,
+        ("--iterations", int, 20, "matching iterations of each stage"),
+        ("--seconds", float, 2.0, "between two saves in the row with many of them"),
     )
-    if options.json:
-        print(json.dumps({"saves": len(seconds), "median_s": median, "max_s": worst, "bytes": size}))
+    torch.set_num_threads(options.threads)
+    experts, stages, iterations = EXPERTS, STAGES, options.iterations
+    if options.smallest:
+        experts, stages, iterations = SMALLEST_EXPERTS, STAGES + SMALLEST_STAGES, 1
+    with tempfile.TemporaryDirectory() as folder:
+        buffers = [*COMMON, "--buffer_path", Path(folder) / "buffers"]
+        call(buffer_mtt.main, *buffers, *experts, "--device", options.device)
+        shared = {"folder": folder, "words": [*buffers, *stages, "--Iteration", iterations]}
+        schedules = {
+            f"every {DEFAULT:g} minutes, the default": DEFAULT,
+            f"every {options.seconds:g} seconds": options.seconds / 60,
+        }
+        rows = [
+            harness.pair(label, never, scheduled, options, minutes=minutes, **shared)
+            for label, minutes in schedules.items()
+        ]
+        seconds, size = time_saves(**shared, device=options.device)
+    harness.show_pairs(f"distill_mtt.py on Digits, stages of {iterations} iterations", rows, options)
+    found = {"saves": len(seconds), "median_s": statistics.median(seconds), "max_s": max(seconds), "bytes": size}
+    head = ("saves", "median (ms)", "longest (ms)", "largest file (MB)", "share of the time, median", "at most")
+    shares = [100 * found[name] / (60 * DEFAULT) for name in ("median_s", "max_s")]
+    line = (len(seconds), f"{1000 * found['median_s']:.1f}", f"{1000 * found['max_s']:.1f}", f"{size / 1e6:.2f}",
+            *(f"{share:.4f} %" for share in shares))  # fmt: skip
+    harness.show("one save", f"share at one save every {DEFAULT:g} minutes", head, [line], [found], options)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -14,27 +14,28 @@ import torch
 
 import networks
 from benchmarks import baseline, harness
-from utils import runtime, training
+from utils import stages, training
 from utils.augment import DSA
-from utils.datasets import Source
+from utils.data.datasets import ImageDataset
 from utils.options import DSA_STRATEGY
+from utils.run.device import setup_device
 
-NETWORKS = 5
+MODEL = "ConvNetW32"
 
 
-def problem(model, device):
+def problem(count, images, device):
+    """Return random images, their labels and `count` networks."""
     torch.manual_seed(0)
-    images, labels = torch.randn(100, 3, 32, 32), torch.arange(100) % 10
-    made = [networks.get_network(model, 3, 10, 32).to(device) for _ in range(NETWORKS)]
-    return images, labels, made
+    members = [networks.get_network(MODEL, 3, 10, 32).to(device) for _ in range(count)]
+    return torch.randn(images, 3, 32, 32), torch.arange(images) % 10, members
 
 
-def published(model, epochs, device="cpu"):
-    images, labels, made = problem(model, device)
-    dataset = torch.utils.data.TensorDataset(images, labels)
+def published(count, images, epochs, device):
+    *union, members = problem(count, images, device)
+    dataset = torch.utils.data.TensorDataset(*union)
 
     def work():
-        for network in made:
+        for network in members:
             baseline.unfused(network)
             optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
             for _ in range(epochs):
@@ -43,29 +44,21 @@ def published(model, epochs, device="cpu"):
     return work
 
 
-def project(model, epochs, device="cpu"):
-    chosen = runtime.choose_device(device)
-    images, labels, made = problem(model, chosen)
-    source = Source(images.to(chosen), labels.to(chosen))
-    recipe = training.evaluation_recipe(epochs, 0.01, 256, DSA(DSA_STRATEGY))
-
-    def work():
-        training.train_together(made, source, recipe, 0, [("evaluation", k) for k in range(NETWORKS)])
-
-    return work
+def project(count, images, epochs, device):
+    device = setup_device(device)
+    *union, members = problem(count, images, device)
+    dataset = ImageDataset(*(tensor.to(device) for tensor in union))
+    config = stages.evaluation_config(epochs, 0.01, 256, DSA(DSA_STRATEGY))
+    return lambda: training.train_together(members, dataset, config, 0, [("evaluation", k) for k in range(count)])
 
 
 def main():
-    parser = harness.parser(__doc__)
-    parser.add_argument("--epochs", type=int, default=300, help="epochs of each network")
-    options = parser.parse_args()
-    arguments = {"model": "ConvNetW32", "epochs": options.epochs, "device": options.device}
-    label = f"{NETWORKS} x ConvNetW32, 100 images, {options.epochs} epochs"
-    row = harness.pair(
-        label, "benchmarks.evaluation", "published", "project", arguments, options.pairs, options.threads
-    )
-    harness.show("evaluation on a union", [row], options)
+    options = harness.parse(__doc__, ("--epochs", int, 300, "epochs of each network"))
+    count, images, epochs = (2, 4, 2) if options.smallest else (5, 100, options.epochs)
+    label = f"{count} x {MODEL}, {images} images, {epochs} epochs"
+    row = harness.pair(label, published, project, options, count=count, images=images, epochs=epochs)
+    harness.show_pairs("evaluation on a union", [row], options)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

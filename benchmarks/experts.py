@@ -2,7 +2,7 @@
 
     python benchmarks/experts.py --data_path data/cifar10-jpeg --json
 
-Each timing trains ConvNet and ConvNetW32 on 2,560 real CIFAR-10 pictures (10 minibatches of 256).
+Each timing trains ConvNet and ConvNetW32 on 2,560 real CIFAR-10 images (10 minibatches of 256).
 """
 
 import sys
@@ -12,61 +12,51 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import networks
 from benchmarks import baseline, harness
-from utils import datasets, runtime, training
+from utils import training
 from utils.augment import DSA
+from utils.data import datasets
 from utils.options import DSA_STRATEGY
-
-PICTURES = 2560
-
-
-def network_of(model, device):
-    torch.manual_seed(0)
-    return networks.get_network(model, 3, 10, 32).to(device)
+from utils.run.device import setup_device
+from utils.run.streams import stream
 
 
-def published(model, data_path, device="cpu"):
-    real = datasets.load("CIFAR10", data_path, torch.device("cpu"))
-    dataset = torch.utils.data.TensorDataset(*real.train.batch(slice(0, PICTURES)))
-    network = baseline.unfused(network_of(model, device))
+def published(model, images, dataset, data_path, device):
+    real = datasets.load(dataset, data_path, torch.device("cpu"))
+    chosen = torch.utils.data.TensorDataset(*real.train.batch(slice(images)))
+    network = baseline.unfused(training.new_network(model, real, 0, "benchmark")).to(device)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
-    return lambda: baseline.train_epoch(network, optimizer, dataset, 256, DSA_STRATEGY.split("_"))
+    return lambda: baseline.train_epoch(network, optimizer, chosen, 256, DSA_STRATEGY.split("_"))
 
 
-def project(model, data_path, device="cpu"):
-    chosen = runtime.choose_device(device)
-    real = datasets.load("CIFAR10", data_path, chosen)
-    network = network_of(model, chosen)
-    recipe = training.Recipe(1, 0.01, dsa=DSA(DSA_STRATEGY))
-    optimizer = training.optimizer_for(network, recipe)
-    index = torch.arange(PICTURES, device=chosen)
-    count = iter(range(10**9))
-    return lambda: training.train_epoch(
-        network, optimizer, real.train, recipe, runtime.stream(0, next(count)), index=index
-    )
+def project(model, images, dataset, data_path, device):
+    device = setup_device(device)
+    real = datasets.load(dataset, data_path, device)
+    network = training.new_network(model, real, 0, "benchmark")
+    config = training.TrainConfig(1, 0.01, dsa=DSA(DSA_STRATEGY))
+    optimizer, rng = training.sgd(network, config), stream(0, "benchmark")
+    index = torch.arange(images, device=device)
+    return lambda: training.train_epoch(network, optimizer, real.train, config, rng, index=index)
 
 
 def main():
-    parser = harness.parser(__doc__)
-    parser.add_argument("--data_path", default="data/cifar10-jpeg", help="CIFAR-10 in class folders")
-    options = parser.parse_args()
-    rows = []
-    for model in ("ConvNet", "ConvNetW32"):
-        arguments = {"model": model, "data_path": options.data_path, "device": options.device}
-        rows.append(
-            harness.pair(
-                f"{model}, {PICTURES} pictures",
-                "benchmarks.experts",
-                "published",
-                "project",
-                arguments,
-                options.pairs,
-                options.threads,
-            )
+    options = harness.parse(__doc__, ("--data_path", str, "data/cifar10-jpeg", "CIFAR-10 in class folders"))
+    images, dataset = (16, "Digits") if options.smallest else (2560, "CIFAR10")
+    rows = [
+        harness.pair(
+            f"{model}, {images} images",
+            published,
+            project,
+            options,
+            model=model,
+            images=images,
+            dataset=dataset,
+            data_path=options.data_path,
         )
-    harness.show("expert training on CIFAR-10 (JPEG)", rows, options)
+        for model in ("ConvNet", "ConvNetW32")
+    ]
+    harness.show_pairs(f"expert training on {dataset}", rows, options)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

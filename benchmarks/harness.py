@@ -5,90 +5,76 @@ settings and peak memory of one do not touch the other, and a machine whose spee
 """
 
 import argparse
-import importlib
+import contextlib
 import json
 import multiprocessing
 import platform
 import resource
+import signal
 import statistics
+import sys
 import time
 
 import torch
+from tabulate import tabulate
+
+from utils.run import errors
+
+SECONDS_TO_END = 10  # that a process has before it is killed
 
 
-def _worker(pipe, module, function, arguments, threads):
-    torch.set_num_threads(threads)
-    cuda = arguments.get("device", "cpu") != "cpu"
-    work = getattr(importlib.import_module(module), function)(**arguments)
-    idle = torch.cuda.memory_allocated() if cuda else resident()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    pipe.send("ready")
-    while pipe.recv() == "go":
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if cuda:
-            torch.cuda.synchronize()
-        pipe.send(time.perf_counter() - start)
-        if cuda:
-            torch.cuda.empty_cache()  # the other process's turn
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    pipe.send((idle, peak))
+def run(main):
+    """Run a benchmark's `main`; SIGTERM and SIGINT end it with its processes and temporary folders."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+    errors.run(main)
 
 
-def _receive(pipe, label, function):
-    try:
-        return pipe.recv()
-    except EOFError:
-        raise SystemExit(f"error: {label}: the process of {function} ended early; its message stands above") from None
+def parse(description, *own, pairs=True):
+    """Parse the command line.
+
+    Args:
+        description: for --help.
+        own: options of this benchmark alone: (name, type, default, help).
+        pairs: add the options of `pair`.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, kind, default, text in own:
+        parser.add_argument(name, type=kind, default=default, help=text)
+    if pairs:
+        parser.add_argument("--pairs", type=int, default=5, help="counted pairs of each row")
+        parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+        parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--smallest", action="store_true", help="run all of the code in seconds; times mean nothing")
+    parser.add_argument("--json", action="store_true", help="print each table as a JSON line below it, too")
+    options = parser.parse_args()
+    if options.smallest:
+        options.pairs = options.threads = 1
+    return options
 
 
-def resident():
-    """Return the resident bytes of this process."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def pair(label, module, baseline, project, arguments, pairs, threads, warm_up=1):
+def pair(label, baseline, project, options, **arguments):
     """Time two makers of work in turn.
 
     Args:
         label: of the row.
-        module: that holds both.
-        baseline, project: names of functions that take `arguments` and return a function without arguments.
-        arguments: dict.
-        pairs: counted pairs, after `warm_up` others.
-        threads: CPU threads of each process.
+        baseline, project: functions of `arguments` and device that return a function without arguments, the work.
+        options: what `parse` returned.
 
     Returns:
         Dict of the row: medians in seconds, the ratio project / baseline (min, median, max over pairs), peak memory
         above the idle process in bytes.
     """
-    context = multiprocessing.get_context("spawn")
-    ends = []
-    for function in (baseline, project):
-        here, there = context.Pipe()
-        process = context.Process(target=_worker, args=(there, module, function, arguments, threads), daemon=True)
-        process.start()
-        there.close()  # so that an end of the process shows here
-        _receive(here, label, function)
-        ends.append((here, process, function))
     times = [[], []]
-    for turn in range(pairs + warm_up):
-        order = (0, 1) if turn % 2 == 0 else (1, 0)
-        for which in order:
-            here, _, function = ends[which]
-            here.send("go")
-            seconds = _receive(here, label, function)
-            if turn >= warm_up:
-                times[which].append(seconds)
-    memory = []
-    for here, process, function in ends:
-        here.send("stop")
-        memory.append(_receive(here, label, function))
-        process.join()
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(_Worker(label, maker, options, arguments)) for maker in (baseline, project)]
+        print(f"timing: {label}", file=sys.stderr, flush=True)
+        for turn in range(options.pairs + 1):  # the first one warms up
+            for which in (0, 1) if turn % 2 == 0 else (1, 0):
+                seconds = workers[which].ask("go")
+                if turn:
+                    times[which].append(seconds)
+        peaks = [worker.ask("stop") for worker in workers]
     ratios = [project_s / baseline_s for baseline_s, project_s in zip(*times, strict=True)]
     return {
         "label": label,
@@ -97,41 +83,117 @@ def pair(label, module, baseline, project, arguments, pairs, threads, warm_up=1)
         "ratio_min": min(ratios),
         "ratio_median": statistics.median(ratios),
         "ratio_max": max(ratios),
-        "baseline_peak": memory[0][1] - memory[0][0],
-        "project_peak": memory[1][1] - memory[1][0],
-        "pairs": pairs,
+        "baseline_peak": peaks[0],
+        "project_peak": peaks[1],
+        "pairs": options.pairs,
     }
 
 
-def parser(description):
-    """Return the options that all benchmarks share."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--pairs", type=int, default=5, help="counted pairs of each row")
-    made.add_argument("--threads", type=int, default=2, help="CPU threads")
-    made.add_argument("--device", default="cpu", help="cpu or cuda")
-    made.add_argument("--json", action="store_true", help="print the table as one JSON line at the end")
-    return made
+class _Worker:
+    """A process that makes its work and does it when asked to; leaving the context ends it.
+
+    It is no daemon, for those may not start processes, and reading a data set does.
+    """
+
+    def __init__(self, label, maker, options, arguments):
+        # Forked from a server that has imported what takes seconds and has started no threads and no GPU.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torchvision.ops"])
+        self.label, self.maker = label, maker
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(target=_serve, args=(there, maker, options, arguments))
+        self.process.start()
+        there.close()  # so that an end of the process shows here
+
+    def __enter__(self):
+        try:
+            self._receive()
+        except BaseException as error:
+            self.__exit__(error)
+            raise
+        return self
+
+    def __exit__(self, error, *_):
+        self.pipe.close()
+        if error:
+            self.process.terminate()
+        self.process.join(SECONDS_TO_END)
+        self.process.kill()
+        self.process.join()
+
+    def ask(self, word):
+        self.pipe.send(word)
+        return self._receive()
+
+    def _receive(self):
+        try:
+            return self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+        if self.process.exitcode == 2:  # it has said why in one line
+            raise SystemExit(2)
+        raise SystemExit(
+            f"error: {self.label}: the process of {self.maker.__name__} ended early; its message stands above"
+        )
 
 
-def show(title, rows, options):
-    """Print a table of rows of `pair`, then, where asked for, the same as one JSON line."""
+def _serve(pipe, maker, options, arguments):
+    """Make the work, then answer `go` with the seconds that it takes and anything else with the peak memory."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # with its temporary files and its own processes
+    torch.set_num_threads(options.threads)
+    cuda = options.device != "cpu"
+
+    def serve():
+        work = maker(**arguments, device=options.device)
+        idle = torch.cuda.memory_allocated() if cuda else resident()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        pipe.send("ready")
+        while pipe.recv() == "go":
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            if cuda:
+                torch.cuda.synchronize()
+            pipe.send(time.perf_counter() - start)
+            if cuda:
+                torch.cuda.empty_cache()  # the other process's turn
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        pipe.send(max(0, peak - idle))  # the kernel's counters are inexact by some pages
+
+    with contextlib.suppress(EOFError, ConnectionError):  # the benchmark has ended
+        errors.run(serve)
+
+
+def resident():
+    """Return the resident bytes of this process."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def show_pairs(title, rows, options):
+    """Print a table of rows of `pair`."""
     machine = torch.cuda.get_device_name() if options.device != "cpu" else f"CPU, {options.threads} threads"
     about = f"{machine}; torch {torch.__version__}, Python {platform.python_version()}"
-    print(f"{title} ({about})")
     head = ("row", "baseline (s)", "project (s)", "ratio min / median / max", "peak memory above idle (MB)")
-    lines = [head]
-    for row in rows:
-        lines.append(
-            (
-                row["label"],
-                f"{row['baseline_s']:.4g}",
-                f"{row['project_s']:.4g}",
-                f"{row['ratio_min']:.2f} / {row['ratio_median']:.2f} / {row['ratio_max']:.2f}",
-                f"{row['baseline_peak'] / 1e6:.0f} -> {row['project_peak'] / 1e6:.0f}",
-            )
+    lines = [
+        (
+            row["label"],
+            f"{row['baseline_s']:.4g}",
+            f"{row['project_s']:.4g}",
+            f"{row['ratio_min']:.2f} / {row['ratio_median']:.2f} / {row['ratio_max']:.2f}",
+            f"{row['baseline_peak'] / 1e6:.0f} -> {row['project_peak'] / 1e6:.0f}",
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    for line in lines:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+        for row in rows
+    ]
+    show(title, about, head, lines, rows, options)
+
+
+def show(title, about, head, lines, rows, options):
+    """Print a table and, if asked for, its rows (dicts) as one JSON line."""
+    print(f"{title} ({about})")
+    print(tabulate(lines, head, tablefmt="plain", disable_numparse=True))
     if options.json:
         print(json.dumps({"title": title, "machine": about, "rows": rows}))

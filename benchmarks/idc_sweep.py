@@ -2,10 +2,9 @@
 
     python benchmarks/idc_sweep.py --data_path data/cifar10-jpeg --json
 
-ConvNet, batch_real 64, 10 images per class, factor 2: 64 real and 40 decoded pictures of each class.
+ConvNet, 10 images per class, factor 2, the settings of --reproduce: 64 real and 40 decoded images of each class.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,88 +13,78 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-import distill_idc
 from benchmarks import baseline, harness
-from utils import datasets, idc_options, runtime
-from utils.gradient_matching import sweep
-from utils.idc import new_network
-from utils.options import Parser
+from utils import training
+from utils.augment import DSA
+from utils.data import datasets
+from utils.gradient_matching import GradientMatchConfig, GradientMatcher
+from utils.run.device import setup_device
+from utils.run.streams import stream
+from utils.synthetic import empty_set, init_subset
 
-WORDS = ["--reproduce", "-d", "cifar10", "-f", "2", "--ipc", "10"]
-
-
-def settings():
-    """Return the options of the published command."""
-    parser = Parser("benchmark")
-    defaults = idc_options.add(parser, start_interval=True)
-    options = idc_options.resolve(parser.parse_args(WORDS), defaults, parser)
-    return argparse.Namespace(**vars(options), transition_pool=0, transition_batch=1)
+FACTOR = 2
 
 
-def learner_of(data_path, device):
-    """Return a learner at the start of stage 0, with a network of its own."""
-    options = settings()
-    real = datasets.load("CIFAR10", data_path, device)
-    run = distill_idc.Run(options, real, Path("nowhere"))
-    learner = distill_idc.Learner(run, 0, None, run.new_images(0), None)
-    learner.network = new_network(options, real, "benchmark")
-    return learner
+def problem(dataset, data_path, ipc, depth, device):
+    """Return real images, the synthetic set at the start of the first stage, how to match, and a network."""
+    real = datasets.load(dataset, data_path, device)
+    subset = init_subset(real, ipc, "mix", stream(0, "subset"), factor=FACTOR, pixels=True)
+    config = GradientMatchConfig(5e-3 * ipc / 10, DSA("color_crop_cutout", "idc"), factor=FACTOR, metric="mse")
+    spec = {"net_type": "convnet", "depth": depth, "width": 1.0, "norm": "instance"}
+    network = training.new_network(spec, real, 0, "benchmark")
+    return real, empty_set(real).extended(*subset), config, network
 
 
-def published(data_path, device="cpu"):
-    learner = learner_of(data_path, torch.device(device))
-    options, real, run = learner.options, learner.real, learner.run
-    network, rng = baseline.unfused(learner.network), np.random.default_rng(0)
+def published(device, **arguments):
+    device = torch.device(device)
+    real, synthetic, config, network = problem(device=device, **arguments)
+    images, rng = synthetic.by_class(real.info.num_classes).clone(), np.random.default_rng(0)
+    baseline.unfused(network)
+
+    def batch(label):
+        index = torch.from_numpy(rng.choice(real.class_indices[label], config.batch_real, replace=False))
+        return real.train.images[index.to(device)].float() / 255, config.augment.draw(1, rng)
 
     def work():
-        batches = []
-        for label in range(real.num_classes):
-            index = torch.from_numpy(rng.choice(real.class_indices[label], options.batch_real, replace=False))
-            batches.append((real.train.images[index.to(device)].float() / 255, run.augment.draw(1, rng)))
         baseline.idc_sweeps(
             network,
-            learner.learned,
+            images,
             None,
-            [batches],
-            options.lr_img_scaled,
-            options.mom_img,
-            2,
-            run.augment.apply,
-            lambda x: (x - run.mean) / run.std,
-            options.metric,
-            False,
-            False,
+            [[batch(label) for label in range(real.info.num_classes)]],
+            config.lr,
+            config.momentum,
+            config.factor,
+            config.augment.apply,
+            lambda x: (x - real.train.mean) / real.train.std,
+            config.metric,
+            config.bias,
+            config.fc,
         )
 
     return work
 
 
-def project(data_path, device="cpu"):
-    learner = learner_of(data_path, runtime.choose_device(device))
-    options, rng = learner.options, np.random.default_rng(0)
-
-    def work():
-        sweep(
-            learner.learned,
-            learner.velocity,
-            options.lr_img_scaled,
-            options.mom_img,
-            lambda images: learner.gradients(images, rng),
-        )
-
-    return work
+def project(device, **arguments):
+    real, synthetic, config, network = problem(device=setup_device(device), **arguments)
+    matcher, rng = GradientMatcher(real, synthetic, config), np.random.default_rng(0)
+    return lambda: matcher.sweep(network, rng)
 
 
 def main():
-    parser = harness.parser(__doc__)
-    parser.add_argument("--data_path", default="data/cifar10-jpeg", help="CIFAR-10 in class folders")
-    options = parser.parse_args()
-    arguments = {"data_path": options.data_path, "device": options.device}
+    options = harness.parse(__doc__, ("--data_path", str, "data/cifar10-jpeg", "CIFAR-10 in class folders"))
+    dataset, ipc, depth = ("Digits", 1, 2) if options.smallest else ("CIFAR10", 10, 3)
     row = harness.pair(
-        "10 classes, ConvNet", "benchmarks.idc_sweep", "published", "project", arguments, options.pairs, options.threads
+        "10 classes, ConvNet",
+        published,
+        project,
+        options,
+        dataset=dataset,
+        data_path=options.data_path,
+        ipc=ipc,
+        depth=depth,
     )
-    harness.show("one sweep of IDC", [row], options)
+    harness.show_pairs(f"one sweep of IDC on {dataset}", [row], options)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

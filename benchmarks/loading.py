@@ -6,10 +6,8 @@ Rows: real CIFAR-10 (JPEG), and a generated tree of 110,000 JPEGs of 64 pixels i
 resident sizes of all processes, which counts shared pages several times: an upper bound.
 """
 
-import argparse
 import contextlib
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -22,28 +20,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from utils.pictures import CACHE
+from benchmarks import harness
+from utils.data.class_folders import CACHE
 
 READ = """
 import sys
 sys.path.insert(0, {project!r})
 import torch
-from utils import datasets
-real = datasets.load({name!r}, {path!r}, torch.device("cpu"))
-print(len(real.train) + len(real.test), "pictures")
+from utils.data import datasets
+datasets.load({name!r}, {path!r}, torch.device("cpu"))
 """
 
 
-def write_tree(root, classes=200, train=500, test=50, size=64, different=500):
-    """Write a tree in the layout of Tiny ImageNet; `different` pictures stand again and again."""
+def write_tree(root, classes, train, test, size, different=500):
+    """Write class folders of JPEGs in the layout of Tiny ImageNet; `different` images stand again and again."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
     encoded = []
     for _ in range(different):
-        picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((size, size))
+        image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((size, size))
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=90)
+        image.save(buffer, "JPEG", quality=90)
         encoded.append(buffer.getvalue())
     for label in range(classes):
         wnid = f"n{label:08d}"
@@ -51,6 +49,7 @@ def write_tree(root, classes=200, train=500, test=50, size=64, different=500):
             folder.mkdir(parents=True)
             for number in range(count):
                 (folder / f"{wnid}_{number}.JPEG").write_bytes(encoded[(number * 7 + label) % different])
+    return root
 
 
 def processes(pid):
@@ -76,37 +75,43 @@ def start(name, path):
     begun = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
     peak = 0
-    while process.poll() is None:
-        peak = max(peak, resident(process.pid))
-        time.sleep(0.05)
+    try:
+        while process.poll() is None:
+            peak = max(peak, resident(process.pid))
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
     if process.returncode:
-        raise SystemExit(f"reading {path} ended with {process.returncode}")
+        raise SystemExit(f"error: reading {path} ended with {process.returncode}; its message stands above")
     return time.perf_counter() - begun, peak
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", default="data/cifar10-jpeg", help="CIFAR-10 in class folders")
-    parser.add_argument("--json", action="store_true", help="print the table as one JSON line at the end")
-    options = parser.parse_args()
+    own = ("--data_path", str, "data/cifar10-jpeg", "CIFAR-10 in class folders; its cache is made anew")
+    options = harness.parse(__doc__, own, pairs=False)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "tree"
-        write_tree(tree)
-        for title, name, path in (
-            ("CIFAR-10 (JPEG), 60,000 pictures", "CIFAR10", Path(options.data_path)),
-            ("generated tree, 110,000 pictures of 64 pixels", "Tiny", tree),
-        ):
+        if options.smallest:
+            cifar10 = write_tree(Path(folder) / "cifar10", classes=10, train=1, test=1, size=32, different=5)
+            tree = write_tree(Path(folder) / "tree", classes=200, train=2, test=1, size=64, different=5)
+            titles = "10 classes of 32 pixels", "200 classes of 64 pixels"
+        else:
+            cifar10 = Path(options.data_path)
+            tree = write_tree(Path(folder) / "tree", classes=200, train=500, test=50, size=64)
+            titles = "CIFAR-10 (JPEG), 60,000 images", "generated tree, 110,000 images of 64 pixels"
+        for title, name, path in zip(titles, ("CIFAR10", "Tiny"), (cifar10, tree), strict=True):
             shutil.rmtree(path / CACHE, ignore_errors=True)
             (first, peak), (later, _) = start(name, path), start(name, path)
-            rows.append({"row": title, "first_s": first, "later_s": later, "peak_bytes": peak})
-    print(f"start of a process until the data are there ({os.cpu_count()} CPU cores)")
-    for row in rows:
-        print(f"{row['row']}: first {row['first_s']:.1f} s, later {row['later_s']:.1f} s, "
-              f"peak memory {row['peak_bytes'] / 1e9:.2f} GB")  # fmt: skip
-    if options.json:
-        print(json.dumps({"title": "loading", "rows": rows}))
+            rows.append({"label": title, "first_s": first, "later_s": later, "peak_bytes": peak})
+    lines = [
+        (row["label"], f"{row['first_s']:.1f}", f"{row['later_s']:.1f}", f"{row['peak_bytes'] / 1e9:.2f}")
+        for row in rows
+    ]
+    head = ("row", "first (s)", "later (s)", "peak memory (GB)")
+    about = f"{os.cpu_count()} CPU cores"
+    harness.show("start of a process until the data are there", about, head, lines, rows, options)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -13,26 +13,22 @@ import torch
 
 import networks
 from benchmarks import baseline, harness
-from utils import matching, runtime
+from networks.reparam import ReparamModule, flatten
 from utils.augment import DSA
 from utils.options import DSA_STRATEGY
-from utils.reparam import FlatNetwork, flatten
+from utils.run.device import setup_device
+from utils.trajectory_matching import Step, match, plan_batches
 
-ROWS = {
+DIGITS = {"model": "ConvNetW32", "size": 8, "channel": 1}
+CASES = {
     "CIFAR-10 IPC 10 stage: 20 images, 50 steps, ConvNet": {"model": "ConvNet", "steps": 50},
     "the same, ConvNetW32": {"model": "ConvNetW32", "steps": 50},
-    "quickstart: 30 digits, 10 a step, 20 steps, ConvNetW32": {
-        "model": "ConvNetW32",
-        "steps": 20,
-        "size": 8,
-        "channel": 1,
-        "total": 30,
-        "batch": 10,
-    },
+    "quickstart: 30 digits, 10 a step, 20 steps, ConvNetW32": {**DIGITS, "steps": 20, "total": 30, "batch": 10},
 }
+SMALLEST = {"4 digits, 2 a step, 2 steps, ConvNetW32": {**DIGITS, "steps": 2, "total": 4, "batch": 2}}
 
 
-def problem(model, steps, size=32, channel=3, total=20, batch=20, classes=10, device="cpu"):
+def problem(model, size, channel, total, classes, device):
     """Return everything that both ways start from, the same for both."""
     torch.manual_seed(0)
     network = networks.get_network(model, channel, classes, size).to(device)
@@ -40,21 +36,20 @@ def problem(model, steps, size=32, channel=3, total=20, batch=20, classes=10, de
     target = start + 0.01 * torch.randn_like(start)
     images = torch.randn(total, channel, size, size, device=device)
     labels = torch.arange(total, device=device) % classes
-    return network, start, target, images, labels
+    return network, start, target, torch.tensor(0.01, device=device), images, labels
 
 
-def published(steps, batch=20, total=20, **shape):
+def published(model, steps, size=32, channel=3, total=20, batch=20, classes=10, device="cpu"):
     """Full unrolling; a minibatch's entry of the strategy is drawn as there."""
-    network, start, target, images, labels = problem(steps=steps, batch=batch, total=total, **shape)
+    network, *tensors = problem(model, size, channel, total, classes, device)
     baseline.unfused(network)
-    lr = torch.tensor(0.01, device=images.device)
-    names = DSA_STRATEGY.split("_")
-    rng = np.random.default_rng(0)
+    start, target, lr, images, labels = tensors
+    names, rng = DSA_STRATEGY.split("_"), np.random.default_rng(0)
 
     def work():
         plan = [
             (torch.from_numpy(index), names[int(rng.integers(len(names)))])
-            for index in matching.plan_batches(total, batch, steps, rng)
+            for index in plan_batches(total, batch, steps, rng)
         ]
         baseline.match_unrolled(network, start, target, lr, images, labels, plan, baseline.augment)
 
@@ -62,21 +57,32 @@ def published(steps, batch=20, total=20, **shape):
 
 
 def project(
-    steps, batch=20, total=20, kept_steps=None, device="cpu", compiled=False, bf16=False, slice_size=None, **shape
+    model,
+    steps,
+    size=32,
+    channel=3,
+    total=20,
+    batch=20,
+    classes=10,
+    device="cpu",
+    retained_graphs=None,
+    slice_size=None,
+    **precision,
 ):
-    """The exact adjoint; all graphs kept unless `kept_steps` says otherwise."""
-    runtime.choose_device(device)
-    network, start, target, images, labels = problem(steps=steps, batch=batch, total=total, device=device, **shape)
-    student, lr = FlatNetwork(network, compiled, bf16=bf16), torch.tensor(0.01, device=device)
+    """The exact adjoint; all graphs retained unless `retained_graphs` says otherwise."""
+    setup_device(device)
+    network, *tensors = problem(model, size, channel, total, classes, device)
+    student = ReparamModule(network, **precision)
+    retained = steps if retained_graphs is None else retained_graphs
     dsa, rng = DSA(DSA_STRATEGY), np.random.default_rng(0)
 
+    def step(index):
+        draw = dsa.draw(len(index), rng)
+        return Step(torch.from_numpy(index).to(device), lambda x: dsa.apply(x, draw))
+
     def work():
-        plan = []
-        for index in matching.plan_batches(total, batch, steps, rng):
-            draw = dsa.draw(len(index), rng)
-            plan.append(matching.Step(torch.from_numpy(index).to(device), lambda x, draw=draw: dsa.apply(x, draw)))
-        kept = steps if kept_steps is None else kept_steps
-        matching.match(student, start, target, lr, images, labels, plan, 0, kept, slice_size)
+        plan = [step(index) for index in plan_batches(total, batch, steps, rng)]
+        match(student, *tensors, plan, 0, retained, slice_size)
 
     return work
 
@@ -90,25 +96,20 @@ def bf16(**case):
 
 
 def main():
-    options = harness.parser(__doc__).parse_args()
-    ways = {"project": ""}
+    options = harness.parse(__doc__)
+    ways = {"": project}
     if options.device != "cpu":  # what the other options gain there
-        ways |= {"compiled": ", --compile", "bf16": ", --bf16"}
+        ways |= {", --compile": compiled, ", --bf16": bf16}
+    elif options.smallest:
+        ways |= {", --bf16": bf16}  # compiling takes a minute
+    cases = SMALLEST if options.smallest else CASES
     rows = [
-        harness.pair(
-            label + words,
-            "benchmarks.matching",
-            "published",
-            way,
-            {**case, "device": options.device},
-            options.pairs,
-            options.threads,
-        )
-        for label, case in ROWS.items()
-        for way, words in ways.items()
+        harness.pair(label + words, published, way, options, **case)
+        for label, case in cases.items()
+        for words, way in ways.items()
     ]
-    harness.show("one matching iteration", rows, options)
+    harness.show_pairs("one matching iteration", rows, options)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -65,12 +65,12 @@ def get_network(name, channel, num_classes, im_size):
         im_size: input height and width in pixels, an int or a pair of equal ints.
 
     Raises:
-        ValueError: unknown name, pictures that are not square, or pictures too small for the network.
+        ValueError: unknown name, images that are not square, or images too small for the network.
     """
     if not isinstance(im_size, int):
         height, width = im_size
         if height != width:
-            raise ValueError(f"square pictures expected, found {height}x{width}")
+            raise ValueError(f"square images expected, found {height}x{width}")
         im_size = height
     shape = {"channel": channel, "num_classes": num_classes, "im_size": im_size}
     if name.startswith("ConvNet") and (name == "ConvNet" or name[7:] in CONVNET_VARIANTS):
@@ -104,7 +104,7 @@ def idc_network(net_type, channel, num_classes, im_size, depth=3, width=1.0, nor
         norm: instance, batch, none, or sn (spectral normalisation of every convolution).
 
     Raises:
-        ValueError: unknown type or depth, or pictures too small.
+        ValueError: unknown type or depth, or images too small.
     """
     shape = {"channel": channel, "num_classes": num_classes, "im_size": im_size}
     plain = "none" if norm == "sn" else norm
@@ -125,7 +125,7 @@ def idc_network(net_type, channel, num_classes, im_size, depth=3, width=1.0, nor
 
         network = efficientnet_b0(num_classes=num_classes)
         if channel != 3:
-            raise ValueError(f"EfficientNet-B0 needs 3 channels, the pictures have {channel}")
+            raise ValueError(f"EfficientNet-B0 needs 3 channels, the images have {channel}")
     else:
         raise ValueError(
             f"unknown network type {net_type!r}; known: convnet, resnet, resnet_ap, densenet, efficientnet"

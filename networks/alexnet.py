@@ -1,4 +1,4 @@
-"""AlexNet for small pictures, as the dataset-condensation literature evaluates with."""
+"""AlexNet for small images, as the dataset-condensation literature evaluates with."""
 
 from torch import nn
 
@@ -13,7 +13,7 @@ class AlexNet(nn.Module):
         padded = is_padded_28(channel, im_size)
         size = (32 if padded else im_size) // 8
         if size < 1:
-            raise ValueError(f"AlexNet needs at least 8 pixels, the pictures have {im_size}")
+            raise ValueError(f"AlexNet needs at least 8 pixels, the images have {im_size}")
         self.features = nn.Sequential(
             nn.Conv2d(channel, 128, 5, padding=4 if padded else 2),
             nn.ReLU(),

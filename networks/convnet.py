@@ -5,7 +5,7 @@ The network of dataset distillation since Gidaris & Komodakis (CVPR 2018); sizes
 
 from torch import nn
 
-from networks import fused
+from networks.kernels import fused
 from networks.layers import activation, is_padded_28, normalisation, pooling
 
 
@@ -24,7 +24,7 @@ class ConvNet(nn.Module):
         global_pool: average the last feature map to one pixel before the linear layer.
 
     Raises:
-        ValueError: the pooling would shrink the picture below one pixel.
+        ValueError: the pooling would shrink the image below one pixel.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ConvNet(nn.Module):
         super().__init__()
         size = 32 if is_padded_28(channel, im_size) else im_size
         if pool != "none" and size >> depth < 1:
-            raise ValueError(f"{depth} poolings need at least {2**depth} pixels, the pictures have {im_size}")
+            raise ValueError(f"{depth} poolings need at least {2**depth} pixels, the images have {im_size}")
         self.depth = depth
         self.fuses = (norm, act, pool) == ("instance", "relu", "avg")
         blocks, inputs = [], channel

@@ -42,7 +42,7 @@ class DenseNet(nn.Module):
     def __init__(self, channel, num_classes, im_size):
         super().__init__()
         if im_size < 8:
-            raise ValueError(f"DenseNet needs at least 8 pixels, the pictures have {im_size}")
+            raise ValueError(f"DenseNet needs at least 8 pixels, the images have {im_size}")
         planes = 2 * GROWTH
         self.conv1 = nn.Conv2d(channel, planes, 3, padding=1, bias=False)
         for block, count in enumerate(LAYERS, 1):

@@ -13,7 +13,7 @@ class LeNet(nn.Module):
         after_first = (im_size + 2 * padding - 4) // 2
         size = (after_first - 4) // 2
         if size < 1:
-            raise ValueError(f"LeNet needs at least 16 pixels, the pictures have {im_size}")
+            raise ValueError(f"LeNet needs at least 16 pixels, the images have {im_size}")
         self.features = nn.Sequential(
             nn.Conv2d(channel, 6, 5, padding=padding),
             nn.ReLU(),

@@ -127,7 +127,7 @@ class ResNet(nn.Module):
             setattr(self, f"layer{layer + 1}", nn.Sequential(*blocks))
         pixels = (im_size // 8) ** 2 if keep_map else 1
         if im_size < 8:
-            raise ValueError(f"ResNet needs at least 8 pixels, the pictures have {im_size}")
+            raise ValueError(f"ResNet needs at least 8 pixels, the images have {im_size}")
         self.classifier = nn.Linear(inputs * pixels, num_classes)
 
     def blocks(self, x):

@@ -1,4 +1,4 @@
-"""VGG for small pictures (Simonyan & Zisserman, ICLR 2015) with instance or batch normalisation."""
+"""VGG for small images (Simonyan & Zisserman, ICLR 2015) with instance or batch normalisation."""
 
 from torch import nn
 
@@ -26,7 +26,7 @@ class VGG(nn.Module):
         padded = is_padded_28(channel, im_size)
         size = 32 if padded else im_size
         if size < 32:
-            raise ValueError(f"VGG needs at least 32 pixels, the pictures have {im_size}")
+            raise ValueError(f"VGG needs at least 32 pixels, the images have {im_size}")
         blocks, inputs = [], channel
         for outputs in LAYERS[depth]:
             if outputs == "M":

@@ -12,7 +12,7 @@ if [ "${1:-}" = --data_path ]; then
     shift 2
 fi
 status=0
-PDD_TEST_GPU=1 python -m pytest -rs tests/test_gpu.py || status=$?
+PDD_TEST_GPU=1 python -m pytest -rs tests/runs/test_gpu.py || status=$?
 for benchmark in matching memory dsa evaluation; do
     python "benchmarks/$benchmark.py" --device cuda --json "$@" || status=$?
 done

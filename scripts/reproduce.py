@@ -7,99 +7,103 @@
     python scripts/reproduce.py cifar10-mtt-ipc10 -- --seed 1 --tag seed1
 
 Each step's command is printed before it runs. Options after -- go to every script of the row that knows them. The same
-command again continues an interrupted row; steps that are done say so. Random real pictures and the full training set
+command again continues an interrupted row; steps that are done say so. Random real images and the full training set
 are rows of every evaluation.
 """
 
 import argparse
-import contextlib
-import dataclasses
 import importlib
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import evaluate_idc
 import evaluate_mtt
-import utils.options as o
-from scripts import sizes
-from utils import errors, files, idc_options, report
+from utils import options, sizes
+from utils.data.info import KNOWN
+from utils.results import report
+from utils.run import errors, files
 
 PROJECT = Path(__file__).resolve().parent.parent
-
-# The published commands, {option: value}. Every script of a row gets the options that it declares, so that experts,
-# distillation and evaluation agree; what only one of them gets stands apart. A row -ipcN learns N images per class in
-# `STAGES` stages; its -oneshot row learns them in one, by its own options otherwise.
 STAGES = 5
-CIFAR = {"model": "ConvNet", "zca": True, "lr_img": 1000, "lr_teacher": 0.01}
-TINY = {"model": "ConvNetD4", "data_path": "data/tiny-imagenet-200", "lr_img": 10000, "lr_teacher": 0.01}
-MTT = {
-    "cifar10-mtt-ipc10": {
-        "dataset": "CIFAR10", **CIFAR, "syn_steps": 50, "expert_epochs": 2, "max_start_epoch": 5, "lr_lr": 1e-07,
-    },
-    "cifar10-mtt-ipc50": {
-        "dataset": "CIFAR10", **CIFAR, "syn_steps": 30, "expert_epochs": 2, "max_start_epoch": 15, "lr_lr": 1e-05,
-    },
-    "cifar100-mtt-ipc10": {
-        "dataset": "CIFAR100", **CIFAR, "syn_steps": 20, "expert_epochs": 3, "max_start_epoch": 20, "lr_lr": 1e-05,
-    },
-    "cifar100-mtt-ipc50": {
-        "dataset": "CIFAR100", **CIFAR, "syn_steps": 20, "expert_epochs": 2, "max_start_epoch": 20, "lr_lr": 1e-05,
-        "batch_syn": 512,
-    },
-    "tiny-mtt-ipc10": {
-        "dataset": "Tiny", **TINY, "syn_steps": 20, "expert_epochs": 2, "max_start_epoch": 20, "lr_lr": 1e-04,
-        "batch_syn": 64,
-    },
-    "tiny-mtt-ipc50": {
-        "dataset": "Tiny", **TINY, "syn_steps": 20, "expert_epochs": 2, "max_start_epoch": 20, "lr_lr": 1e-04,
-        "batch_syn": 64,
-    },
+ONESHOT = "-oneshot"
+
+# The published commands, {row: {option: value}}. Every script of a row gets the options that it declares, so that
+# experts, distillation and evaluation agree. A row -ipcN learns N images per class in `STAGES` stages; its -oneshot row
+# learns them in one, with the same options otherwise.
+CIFAR = {"model": "ConvNet", "zca": True, "lr_img": 1000, "lr_teacher": 0.01, "train_epochs": 50}
+CIFAR10, CIFAR100 = {"dataset": "CIFAR10", **CIFAR}, {"dataset": "CIFAR100", **CIFAR}
+TINY = {
+    "dataset": "Tiny", "data_path": "data/tiny-imagenet-200", "model": "ConvNetD4", "lr_img": 10000, "lr_teacher": 0.01,
+    "train_epochs": 24, "syn_steps": 20, "expert_epochs": 2, "max_start_epoch": 20, "lr_lr": 1e-04, "batch_syn": 64,
 }  # fmt: skip
-EXPERTS = {
-    "CIFAR10": {"train_epochs": 50, "num_experts": 100},
-    "CIFAR100": {"train_epochs": 50, "num_experts": 100},
-    "Tiny": {"train_epochs": 24},
-}
-MTT_EVALUATION = {
-    "CIFAR10": {"num_experts": 5, "epoch_eval_train": 500},
-    "CIFAR100": {"num_experts": 5, "epoch_eval_train": 500},
-    "Tiny": {"epoch_eval_train": 500},
-}
-IDC = {
+PRESETS = {
+    "cifar10-mtt-ipc10": CIFAR10 | {"syn_steps": 50, "expert_epochs": 2, "max_start_epoch": 5, "lr_lr": 1e-07},
+    "cifar10-mtt-ipc50": CIFAR10 | {"syn_steps": 30, "expert_epochs": 2, "max_start_epoch": 15, "lr_lr": 1e-05},
+    "cifar100-mtt-ipc10": CIFAR100 | {"syn_steps": 20, "expert_epochs": 3, "max_start_epoch": 20, "lr_lr": 1e-05},
+    "cifar100-mtt-ipc50": CIFAR100 | {
+        "syn_steps": 20, "expert_epochs": 2, "max_start_epoch": 20, "lr_lr": 1e-05, "batch_syn": 512,
+    },
+    "tiny-mtt-ipc10": TINY,
+    "tiny-mtt-ipc50": TINY,
     "cifar10-idc-ipc10": {"reproduce": True, "dataset": "cifar10", "factor": 2, "niter": 2000},
     "cifar10-idc-ipc50": {"reproduce": True, "dataset": "cifar10", "factor": 2, "niter": 2000},
     "cifar100-idc-ipc10": {"reproduce": True, "dataset": "cifar100", "factor": 2, "niter": 2000},
     "cifar100-idc-ipc50": {"reproduce": True, "dataset": "cifar100", "factor": 2, "niter": 1000},
-}
-IDC_EVALUATION = {"repeat": 3}
+}  # fmt: skip
 
 # --scale small changes these. MTT's one-shot row makes as many iterations as the stages of its PDD row together, on
 # minibatches of the same size, so that every image takes part in as many steps. IDC's makes as many as one stage, as
 # published, which also moves every image as often; its learning rate grows with the images of a stage, so that one
-# image moves as far in both only where the one-shot row's is set so much lower.
-SMALL_MTT = {
-    "model": "ConvNetW32", "zca": False, "lr_teacher": 0.02, "lr_lr": 1e-05, "batch_syn": 20, "syn_steps": 20,
-    "expert_epochs": 1, "max_start_epoch": 2, "Iteration": 200, "eval_it": 100, "override_epoch_eval_train": 100,
-    "buffer_path": "buffers/small",
+# image moves as far in both only if the one-shot row's is set so much lower.
+SMALL = {
+    "mtt": {
+        "model": "ConvNetW32", "zca": False, "lr_teacher": 0.02, "lr_lr": 1e-05, "batch_syn": 20, "syn_steps": 20,
+        "expert_epochs": 1, "max_start_epoch": 2, "Iteration": 200, "eval_it": 100, "override_epoch_eval_train": 100,
+        "train_epochs": 3, "buffer_path": "buffers/small",
+    },
+    "idc": {"width": 0.25, "niter": 2, "inner_loop": 20, "n_data": 500, "lr_img": 0.25, "epochs": 100, "print-freq": 1},
 }  # fmt: skip
-SMALL_EXPERTS = {"train_epochs": 3, "num_experts": 6}
-SMALL_DISTILLATION = {"num_eval": 2}
-SMALL_MTT_EVALUATION = {"num_experts": 6, "num_eval": 3, "epoch_eval_train": 100, "full_epochs": 4}
-SMALL_IDC = {
-    "width": 0.25, "niter": 2, "inner_loop": 20, "n_data": 500, "lr_img": 0.25, "epochs": 100, "print-freq": 1,
-}  # fmt: skip
-SMALL_IDC_EVALUATION = {"repeat": 3, "eval_models": "self", "full_epochs": 4}
+SMALL_ONESHOT = {"mtt": {"Iteration": 200 * STAGES, "eval_it": 100 * STAGES}, "idc": {"lr_img": 0.25 / STAGES}}
 
-ONESHOT = "-oneshot"
-ROWS = [name + end for name in (*MTT, *IDC) for end in ("", ONESHOT)]
+# What one script alone gets, besides.
+OWN = {
+    "full": {
+        "buffer_mtt.py": {}, "distill_mtt.py": {}, "evaluate_mtt.py": {"num_experts": 5, "epoch_eval_train": 500},
+        "distill_idc.py": {}, "evaluate_idc.py": {"repeat": 3},
+    },
+    "small": {
+        "buffer_mtt.py": {"num_experts": 6}, "distill_mtt.py": {"num_eval": 2},
+        "evaluate_mtt.py": {"num_experts": 6, "num_eval": 3, "epoch_eval_train": 100, "full_epochs": 4},
+        "distill_idc.py": {}, "evaluate_idc.py": {"repeat": 3, "eval_models": "self", "full_epochs": 4},
+    },
+}  # fmt: skip
+
+ROWS = [name + end for name in PRESETS for end in ("", ONESHOT)]
+TRAIN_IMAGES = {"CIFAR10": 50_000, "CIFAR100": 50_000, "Tiny": 100_000}
+NOTES = """memory: estimated for a GPU from the sizes of images, parameters and saved tensors, not measured;
+if a range is given, from --kept_steps 0 to all steps kept (auto keeps what fits half of the free memory)
+steps: evaluations inside a stage and the trainings of a transition come on top"""
+
+
+class Step(NamedTuple):
+    """One command of a row: the script, the words of its command line, and the namespace that it makes of them."""
+
+    script: str
+    words: list
+    args: argparse.Namespace
 
 
 def parse(words):
-    parser = o.Parser(__doc__)
+    parser = options.Parser(__doc__)
     parser.add_argument("row", nargs="?", choices=ROWS, metavar="ROW", help="of the table; see --list")
     parser.add_argument("--list", action="store_true", help="print all rows, or ROW, with steps, memory and disk")
     parser.add_argument("--scale", default="full", choices=("full", "small"), help="small: ends on a CPU")
@@ -107,167 +111,180 @@ def parse(words):
     parser.add_argument("--buffer_path", help="root folder of the experts, instead of the scripts' default")
     parser.add_argument("--root_log_dir", help="root folder of the results, instead of logged_files or results")
     parser.add_argument("--dry_run", action="store_true", help="print the row's commands and sizes, then stop")
-    options = parser.parse_args(words)
-    if not options.row and not options.list:
+    args = parser.parse_args(words)
+    if not args.row and not args.list:
         parser.error("expected the name of a row, or --list")
-    return options
+    return args
 
 
 def main():
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
-    options, extra = parse(words[:end]), named(words[end + 1 :])
-    rows = {row: steps_of(row, options, extra) for row in ([options.row] if options.row else ROWS)}
-    if options.dry_run and not options.list:
-        for step in rows[options.row]:
-            print(step.command())
-    if options.list or options.dry_run:
-        print(sizes.table(rows))
+    args, extra = parse(words[:end]), named(words[end + 1 :])
+    rows = {row: steps_of(row, args, extra) for row in ([args.row] if args.row else ROWS)}
+    if args.dry_run and not args.list:
+        print(*map(command, rows[args.row]), sep="\n")
+    if args.list or args.dry_run:
+        print(table(rows))
         return
-    for step in rows[options.row]:
-        step.run()
+    for step in rows[args.row]:
+        print(f"$ {command(step)}", flush=True)
+        if done := finished_evaluation(step):
+            print(report.table(done) + f"\n{step.script}: done already", flush=True)
+        elif status := run([sys.executable, PROJECT / step.script, *step.words]):
+            sys.exit(status)
 
 
 def named(words):
-    """Return the options in `words` as {name: words of its value, True for a flag}.
+    """Return the options in `words` as {name: words of its value}.
 
     Raises:
         UserError: a word stands before any long option.
     """
-    found = {}
+    found, name = {}, None
     for word in words:
         if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            found[name] = [value] if equals else True
-        elif not found:
-            raise errors.UserError(f"expected an option like --seed after --, found {word!r}; spell options out")
+            name, *value = word[2:].split("=", 1)
+            found[name] = value
+        elif name:
+            found[name].append(word)
         else:
-            name, value = found.popitem()
-            found[name] = [*([] if value is True else value), word]
+            raise errors.UserError(f"expected an option like --seed after --, found {word!r}; spell options out")
     return found
 
 
 def presets(row, scale):
-    """Return what a row's scripts get: ({option: value} of all, {script: {option: value}} of one alone)."""
+    """Return {script: {option: value}} of a row; not every script declares all of them."""
     name, oneshot, small = row.removesuffix(ONESHOT), row.endswith(ONESHOT), scale == "small"
-    method, total = name.split("-")[1], int(name.rpartition("ipc")[2])
-    stages = 1 if oneshot else STAGES
+    method, stages = name.split("-")[1], 1 if oneshot else STAGES
     kind = "oneshot" if oneshot else "progressive" if method == "idc" else ""
-    tag = "_".join(["small"] * small + [kind] * bool(kind))
-    both = {"ipc": total // stages} | ({"tag": tag} if tag else {})
-    if method == "idc":
-        both |= {**IDC[name], "num-intervals": stages} | (SMALL_IDC if small else {})
-        if small and oneshot:
-            both["lr_img"] /= STAGES
-        return both, {"distill_idc.py": {}, "evaluate_idc.py": SMALL_IDC_EVALUATION if small else IDC_EVALUATION}
-    dataset = MTT[name]["dataset"]
-    both |= {**MTT[name], "num_intervals": stages} | (SMALL_MTT if small else {})
-    if small and oneshot:
-        both |= {key: both[key] * STAGES for key in ("Iteration", "eval_it")}
-    return both, {
-        "buffer_mtt.py": SMALL_EXPERTS if small else EXPERTS[dataset],
-        "distill_mtt.py": SMALL_DISTILLATION if small else {},
-        "evaluate_mtt.py": SMALL_MTT_EVALUATION if small else MTT_EVALUATION[dataset],
-    }
+    tag = "_".join(filter(None, ("small" if small else "", kind)))
+    shared = {"ipc": int(name.rpartition("ipc")[2]) // stages} | ({"tag": tag} if tag else {}) | PRESETS[name]
+    shared["num-intervals" if method == "idc" else "num_intervals"] = stages
+    if small:
+        shared |= SMALL[method] | (SMALL_ONESHOT[method] if oneshot else {})
+    return {script: shared | own for script, own in OWN[scale].items() if method in script}
 
 
-def steps_of(row, given, extra):
+def steps_of(row, args, extra):
     """Return the `Step`s of a row.
 
     Args:
         row: name.
-        given: this script's options.
+        args: this script's options.
         extra: what `named` returned.
 
     Raises:
         UserError: no script of the row knows an option of `extra`.
     """
-    both, alone = presets(row, given.scale)
-    for names, value in (
-        (("data_path", "data_dir"), given.data_path),
-        (("buffer_path",), given.buffer_path),
-        (("root_log_dir", "save_path", "results"), given.root_log_dir),
-    ):
-        both |= dict.fromkeys(names, value) if value else {}
+    folders = dict.fromkeys(("data_path", "data_dir"), args.data_path) | {"buffer_path": args.buffer_path}
+    folders |= dict.fromkeys(("root_log_dir", "save_path", "results"), args.root_log_dir)
+    folders = {name: folder for name, folder in folders.items() if folder}
     steps, known = [], set()
-    for script, own in alone.items():
+    for script, preset in presets(row, args.scale).items():
         declared = vars(options_of(script, ["--ipc", "1"] if "idc" in script else []))
         words = []
-        for name, value in {**both, **own, **extra}.items():
+        for name, value in (preset | folders | extra).items():
             if name.replace("-", "_") in declared and value is not False:
-                words += [f"--{name}", *([] if value is True else value if isinstance(value, list) else [str(value)])]
+                words += [f"--{name}", *(value if isinstance(value, list) else [] if value is True else [str(value)])]
                 known.add(name)
         steps.append(Step(script, words, options_of(script, words)))
     if unknown := extra.keys() - known:
         raise errors.UserError(
-            f"no script of {row} knows --{min(unknown)}; see the --help of {', '.join(alone)} and spell options out"
+            f"no script of {row} knows --{min(unknown)}; spell options out as its scripts' --help does"
         )
     return steps
 
 
-@contextlib.contextmanager
-def command_line(script, words):
-    """Import `script`; inside, it sees `words` as its command line."""
+def options_of(script, words):
+    """Return what `script` makes of the command line `words`, all defaults and presets in it."""
     before, sys.argv = sys.argv, [script, *words]
     try:
-        yield importlib.import_module(Path(script).stem)
+        return importlib.import_module(Path(script).stem).parse()
     finally:
         sys.argv = before
 
 
-def options_of(script, words):
-    """Return what `script` makes of the command line `words`, all defaults and presets in it."""
-    with command_line(script, words) as module:
-        return module.parse()
+def command(step):
+    """Return the command of a step as a person types it here."""
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    script = step.script if Path.cwd() == PROJECT else str(PROJECT / step.script)
+    return shlex.join([python, script, *step.words])
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One command of a row.
+def table(rows):
+    """Return the text table of {row: list of `Step`s}."""
+    lines = []
+    for row, steps in rows.items():
+        for step, size in zip(steps, sizes_of(steps), strict=True):
+            memory = " to ".join(dict.fromkeys(files.human_bytes(value) for value in size.memory()))
+            lines.append((row, step.script, size.steps, memory, files.human_bytes(size.disk)))
+            row = ""
+    return tabulate(lines, ("row", "script", "steps", "memory", "disk"), disable_numparse=True) + f"\n\n{NOTES}"
 
-    Attributes:
-        script: of the project.
-        words: its command line.
-        options: what the script makes of it.
+
+def sizes_of(steps):
+    """Return the `sizes.Size` of each of a row's steps.
+
+    Raises:
+        UserError: the data set is none of the paper's.
     """
+    first = steps[0].args
+    name = getattr(first, "data", first.dataset)
+    if name not in TRAIN_IMAGES:
+        raise errors.UserError(f"--dataset {name}: sizes are known for {', '.join(TRAIN_IMAGES)}; leave --dry_run out")
+    data, pool_of = (KNOWN[name], TRAIN_IMAGES[name]), evaluate_mtt.pool_of
+    found = {
+        "buffer_mtt.py": lambda args: sizes.experts(vars(args), *data),
+        "distill_mtt.py": lambda args: sizes.mtt_distillation(vars(args), *data, first.num_experts),
+        "evaluate_mtt.py": lambda args: sizes.mtt_evaluation(vars(args), *data, pool_of(args)),
+        "distill_idc.py": lambda args: sizes.idc_distillation(vars(args), *data),
+        "evaluate_idc.py": lambda args: sizes.idc_evaluation(vars(args), *data),
+    }
+    return [found[step.script](step.args) for step in steps]
 
-    script: str
-    words: list
-    options: argparse.Namespace
 
-    def command(self):
-        """Return the command as a person types it here."""
-        python = "python" if shutil.which("python") == sys.executable else sys.executable
-        script = PROJECT / self.script
-        script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
-        return shlex.join([python, str(script), *self.words])
+def run(words):
+    """Run a command in a process group of its own: a Ctrl-C reaches it once, passed on by this process.
 
-    def run(self):
-        """Run the script in this process, so that signals reach it and its exit status is this one's."""
-        print(f"$ {self.command()}", flush=True)
-        if done := self.evaluated():
-            print(report.table(done) + f"\n{self.script}: done already")
-            return
-        # The script before may have left its handlers; until this one sets its own, a signal ends the process.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with command_line(self.script, self.words) as module:
-            module.main()
+    Returns:
+        Its exit status; 128 + n if signal n ended it, or if it ended well after this process got signal n.
+    """
+    received, child = [], None
 
-    def evaluated(self):
-        """Return the report of an evaluation that was done with these options; None without one."""
-        if self.script == "evaluate_mtt.py":
-            folder = evaluate_mtt.experiment_folder(self.options)
-        elif self.script == "evaluate_idc.py":
-            folder = Path(self.options.override_load_dir or idc_options.result_folder(self.options))
-        else:
-            return None
-        if not (folder / "report.json").exists():
-            return None
-        found = files.read_json(folder / "report.json", "the report of an evaluation")
-        config = {key: value for key, value in found.get("config", {}).items() if key != "versions"}
-        wanted = {key: value for key, value in vars(self.options).items() if key not in o.FREE}
-        return found if config and all(wanted.get(key) == value for key, value in config.items()) else None
+    def pass_on(number, _frame):
+        received.append(number)
+        if child:
+            child.send_signal(number)
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    heard = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, pass_on) for number in heard}
+    child = subprocess.Popen(words, process_group=0)
+    if received:  # while it started
+        child.send_signal(received[-1])
+    status = child.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if status == 0 and received:
+        status = -received[-1]
+    return 128 - status if status < 0 else status
+
+
+def finished_evaluation(step):
+    """Return the report of an evaluation that was done with the step's options; None without one."""
+    if not step.script.startswith("evaluate") or not report_path(step).exists():
+        return None
+    found = files.read_json(report_path(step), "the report of an evaluation")
+    config = {name: value for name, value in found.get("config", {}).items() if name != "versions"}
+    # Reports of earlier versions do not name the options that came later.
+    return found if config and config.items() <= options.config_of(step.args).items() else None
+
+
+def report_path(step):
+    """Return the path of the report that an evaluation writes."""
+    folder_of = evaluate_mtt.experiment_folder if step.script == "evaluate_mtt.py" else evaluate_idc.result_folder
+    return folder_of(step.args) / "report.json"
 
 
 if __name__ == "__main__":

@@ -4,4 +4,5 @@ set -euo pipefail
 . "$(dirname "$0")/environment.sh" requirements-dev.txt
 ruff check .
 ruff format --check .
-python -m pytest -n 2 --dist loadfile "$@"
+lint-imports
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

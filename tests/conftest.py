@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Runs are compared bit for bit, which CPUs alone can promise; tests/test_gpu.py is the exception.
+# Runs are compared bit for bit, which CPUs alone can promise; tests/runs/test_gpu.py is the exception.
 if not os.environ.get("PDD_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # pictures of 8x8 pixels; tests often share a machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # images of 8x8 pixels; tests often share a machine
 os.environ["WANDB_MODE"] = "disabled"
 
 EXPERTS = ["--dataset", "Digits", "--model", "ConvNetW32", "--lr_teacher", "0.03", "--batch_train", "128"]
@@ -41,7 +41,13 @@ EXPERIMENT = "Digits_ConvNetW32_S_ipc1_max2_syn4_real2_img100.0_1e-05_0.03_incre
 
 
 def pytest_addoption(parser):
-    parser.addoption("--damage_table", help="write what tests/test_damage.py tried to this file, as Markdown")
+    parser.addoption("--damage_table", help="write what tests/faults/test_damage.py tried to this file, as Markdown")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that no process is left with one of them at the end."""
+    longest = ("test_quickstart.py", "test_quickstart_idc.py", "test_reproduce.py", "test_from_anywhere.py")
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
 def pytest_configure(config):
@@ -72,14 +78,14 @@ def call(script, *arguments, capsys=None, monkeypatch=None):
     """Run a script's main in this process; returns (exit status, stderr). Quicker than a new process."""
     import importlib
 
-    from utils import errors
+    from utils.run import errors
 
     module = importlib.import_module(script.removesuffix(".py"))
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     capsys.readouterr()
     status = 0
     try:
-        errors.run(module.main, getattr(module, "MEMORY", "fewer pictures"))
+        errors.run(module.main, getattr(module, "OOM_ADVICE", "fewer images"))
     except SystemExit as end:
         status = end.code
     return status, capsys.readouterr().err
@@ -91,7 +97,7 @@ def files_of(folder):
 
 
 def make_tree(root, classes, train, test, size=32, part="test", seed=0, wrong=0.0):
-    """Write class folders of small PNG pictures that a network can learn: a coarse pattern of each class, and noise.
+    """Write class folders of small PNG images that a network can learn: a coarse pattern of each class, and noise.
 
     The share `wrong` of them shows the pattern of any class, so that experts go on moving however long they train.
     """
@@ -113,7 +119,7 @@ def make_tree(root, classes, train, test, size=32, part="test", seed=0, wrong=0.
 
 @pytest.fixture(scope="session")
 def cifar_tree(tmp_path_factory):
-    """A small CIFAR-10 in class folders: 12 pictures of each class to train, 2 to test."""
+    """A small CIFAR-10 in class folders: 12 images of each class to train, 2 to test."""
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     return make_tree(tmp_path_factory.mktemp("data") / "cifar10", names, 12, 2)
 
@@ -151,8 +157,8 @@ def whitened(tmp_path_factory, cifar_tree):
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
-    """The smallest runs of all scripts, uninterrupted (`tests.small.Reference`)."""
-    from tests import killer, small
+    """The smallest runs of all scripts, uninterrupted (`tests.support.small.Reference`)."""
+    from tests.support import killer, small
 
     root = tmp_path_factory.mktemp("reference")
     made = small.Reference(root)
@@ -161,8 +167,8 @@ def reference(tmp_path_factory):
         place = made.evaluated if script.startswith("evaluate") else made.distilled
         if place is made.evaluated and not place.exists():
             shutil.copytree(made.distilled, place)
-        status, lines = killer.run(script, small.arguments(script, place))
-        assert status == 0, lines
+        ended = made.runs[script] = killer.run(script, small.arguments(script, place))
+        assert ended.status == 0, ended.lines
     return made
 
 

@@ -1,6 +1,4 @@
-"""What the scripts share; each module imports only modules named before it in this list.
+"""What the scripts share: the method, one idea a file, over results/, data/ and run/; options/ for command lines.
 
-errors, runtime, files, pictures, originals, imagenet, augment, zca, datasets, options, reparam, trajectories,
-gradient_matching, formation, idc_options, results, formats, synset, training, matching, report, progressive, idc,
-evaluation, collect, figures; the commands export and download.
+pyproject.toml states which module may import which; `lint-imports` checks it.
 """

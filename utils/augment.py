@@ -1,8 +1,8 @@
 """Differentiable Siamese augmentation (Zhao & Bilen, ICML 2021) as batched tensor code.
 
 Drawing and applying are apart: `DSA.draw` takes random numbers from a stream on the CPU, `apply` is a deterministic
-function of pictures and draw. So one draw can be applied to a real and a synthetic batch, and again when a step is
-recomputed. Every operation is linear in the pictures but for contrast and saturation's means, which are linear too:
+function of images and draw. So one draw can be applied to a real and a synthetic batch, and again when a step is
+recomputed. Every operation is linear in the images but for contrast and saturation's means, which are linear too:
 its gradient is exact.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from utils.runtime import to_device
+from .run.device import to_device
 
 # Constants of the DSA release, which MTT and IDC share.
 BRIGHTNESS = 1.0
@@ -24,7 +24,7 @@ FLIP = 0.5
 SCALE = 1.2
 ROTATE = 15.0
 
-# Uniform numbers that each entry takes per picture.
+# Uniform numbers that each entry takes per image.
 WIDTH = 3
 
 
@@ -34,7 +34,7 @@ class DSA:
     Args:
         strategy: entries out of color, crop, cutout, flip, scale, rotate joined by `_`; `none` or empty for none.
         flavour: `mtt` draws one entry a call; scale and rotate align the corners. `idc` always applies flip, color
-            and cutout where they are in the strategy and draws one of the others; corners are not aligned.
+            and cutout if they are in the strategy and draws one of the others; corners are not aligned.
 
     Raises:
         ValueError: unknown entry or flavour.
@@ -53,10 +53,10 @@ class DSA:
         self.choices = [n for n in self.names if n not in self.always_before + self.always_after]
 
     def draw(self, count, rng):
-        """Draw what one call does to `count` pictures (1: the same to every picture of a batch).
+        """Draw what one call does to `count` images (1: the same to every image of a batch).
 
         Args:
-            count: pictures.
+            count: images.
             rng: numpy.random.Generator.
 
         Returns:
@@ -69,11 +69,11 @@ class DSA:
         return [(name, torch.from_numpy(rng.random((count, WIDTH), dtype=np.float32))) for name in names]
 
     def apply(self, x, draw):
-        """Augment pictures.
+        """Augment images.
 
         Args:
             x: (B, C, H, W) in network space.
-            draw: what `draw` returned, for B pictures or for 1.
+            draw: what `draw` returned, for B images or for 1.
 
         Returns:
             (B, C, H, W).
@@ -123,7 +123,7 @@ def crop(x, u, _align_corners):
 
 
 def cutout(x, u, _align_corners):
-    """Zero a square; its centre is uniform over the picture."""
+    """Zero a square; its centre is uniform over the image."""
     height, width = x.shape[2:]
 
     def inside(size, column):
@@ -201,7 +201,7 @@ def cutmix(x, setting, rng):
         rng: numpy.random.Generator.
 
     Returns:
-        (mixed pictures, permutation (B,) of the partners, share of the pictures' own labels); the batch that is not
+        (mixed images, permutation (B,) of the partners, share of the images' own labels); the batch that is not
         mixed has no partners (None) and a share of 1.
     """
     probability, beta = setting
@@ -223,7 +223,7 @@ def cutmix(x, setting, rng):
 
 
 def random_resized_crop(x, rng, smallest=0.08):
-    """Random resized crop and flip (Szegedy et al., CVPR 2015), each picture its own.
+    """Random resized crop and flip (Szegedy et al., CVPR 2015), each image its own.
 
     Args:
         x: (B, C, H, W).

@@ -2,7 +2,8 @@
 
 IDC visits the classes of a sweep one by one: match class c, make one step of SGD on the images, go on to class c + 1.
 A class's gradient touches its own images only; the steps of the other classes move them by momentum alone, which
-has a closed form. With K classes, decay m, learning rate η, velocity v and image x before the sweep, class c sees
+has a closed form. With K classes, momentum m, learning rate η, momentum buffer v and image x before the sweep, class c
+sees
 
     x_c = x − η (m + m² + … + m^c) v,
 
@@ -10,8 +11,15 @@ its own step gives v ← m^{c+1} v + g_c and x ← x_c − η v, and the K − 1
 classes of a sweep are matched together, and the result is that of the loop.
 """
 
+import dataclasses
+
 import torch
 from torch.nn import functional as F
+
+from . import multi_formation
+from .augment import DSA
+from .run import distributed
+from .run.device import to_device
 
 METRICS = ("mse", "l1", "l1_mean", "l2", "cos")
 
@@ -82,12 +90,12 @@ def momentum_ahead(momentum, steps):
     return sum(momentum**power for power in range(1, steps + 1))
 
 
-def sweep(images, velocity, lr, momentum, gradients_of):
+def class_sweep(images, momentum_buffer, lr, momentum, gradients_of):
     """One sweep over the classes, all matched together; in place, with the result of the published loop.
 
     Args:
         images: (K, n, C, H, W) the learned images of K classes.
-        velocity: the same shape, the momentum buffer of SGD.
+        momentum_buffer: of SGD, the same shape.
         lr, momentum: of SGD.
         gradients_of: function of (K, n, C, H, W), the images as each class's turn finds them, returning (losses (K,),
             gradients of the same shape), both detached.
@@ -102,9 +110,121 @@ def sweep(images, velocity, lr, momentum, gradients_of):
         return torch.tensor(values, dtype=images.dtype).to(images.device, non_blocking=True).view(-1, 1, 1, 1, 1)
 
     turns = range(classes)
-    images -= lr * per_class(ahead) * velocity
+    images -= lr * per_class(ahead) * momentum_buffer
     losses, gradients = gradients_of(images)
-    velocity.mul_(per_class([momentum ** (c + 1) for c in turns])).add_(gradients)
-    images -= lr * per_class([1 + ahead[classes - 1 - c] for c in turns]) * velocity
-    velocity.mul_(per_class([momentum ** (classes - 1 - c) for c in turns]))
+    momentum_buffer.mul_(per_class([momentum ** (c + 1) for c in turns])).add_(gradients)
+    images -= lr * per_class([1 + ahead[classes - 1 - c] for c in turns]) * momentum_buffer
+    momentum_buffer.mul_(per_class([momentum ** (classes - 1 - c) for c in turns]))
     return losses.sum()
+
+
+def has_spectral_norm(network):
+    """True if a convolution is spectrally normalised: then a forward pass moves what the next class starts from."""
+    return any(torch.nn.utils.parametrize.is_parametrized(module) for module in network.modules())
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientMatchConfig:
+    """How PDD+IDC matches.
+
+    Attributes:
+        lr, momentum: of SGD on the images.
+        augment: one draw for the real and the synthetic batch of a class.
+        factor, decode_type: of multi-formation.
+        batch_real: real images of a class in one match.
+        batch_syn_max: decoded images of a class in one match, at most; more are cut at random.
+        match, metric, bias, fc, f_idx: as for `matching_loss`.
+    """
+
+    lr: float
+    augment: DSA
+    momentum: float = 0.5
+    factor: int = 1
+    decode_type: str = "single"
+    batch_real: int = 64
+    batch_syn_max: int = 128
+    match: str = "grad"
+    metric: str = "l1"
+    bias: bool = False
+    fc: bool = False
+    f_idx: int = 4
+
+
+class GradientMatcher:
+    """Matches the newest subset of a synthetic set, class by class.
+
+    Args:
+        real: `RealData`.
+        synthetic: `SyntheticSet` of pixels in [0, 1]; its newest subset is changed in place.
+        config: `GradientMatchConfig`.
+    """
+
+    def __init__(self, real, synthetic, config):
+        self.real, self.synthetic, self.config = real, synthetic, config
+        shape = synthetic.images.shape[1:]
+        self.learned = synthetic.learned.view(real.info.num_classes, -1, *shape)
+        self.momentum_buffer = torch.zeros_like(self.learned)
+
+    def sweep(self, network, rng):
+        """Match every class once with `network`; returns the sum of the losses (0-dim).
+
+        Args:
+            rng: numpy.random.Generator of this sweep.
+        """
+        return class_sweep(
+            self.learned,
+            self.momentum_buffer,
+            self.config.lr,
+            self.config.momentum,
+            lambda images: self._gradients(network, images, rng),
+        )
+
+    def _gradients(self, network, images, rng):
+        """Return losses (K,) and gradients of `images` (K, n, C, H, W), each class with its own real batch.
+
+        The classes are spread over the ranks, and every rank has all results.
+        """
+        classes = self.real.info.num_classes
+        draws = [self._draw(label, rng) for label in range(classes)]
+        own = distributed.share(range(classes))
+        if has_spectral_norm(network):
+            own = range(classes if distributed.is_rank0() else 0)
+        losses, gradients = images.new_zeros(classes), torch.zeros_like(images)
+        for label in own:
+            losses[label], gradients[label] = self._match_class(network, label, *draws[label])
+        return distributed.all_reduce_sum(losses), distributed.all_reduce_sum(gradients)
+
+    def _draw(self, label, rng):
+        """Draw how a class is matched: its real images, the cut of its decoded ones (None: all), the augmentation."""
+        config, indices = self.config, self.real.class_indices[label]
+        index = rng.choice(indices, min(config.batch_real, len(indices)), replace=False)
+        images = len(self.synthetic) // self.real.info.num_classes
+        pieces = multi_formation.decode_plan(images, config.factor, config.decode_type, config.batch_syn_max)
+        decoded = sum((last - first) * factor**2 for first, last, factor in pieces)
+        cut = rng.permutation(decoded)[: config.batch_syn_max] if decoded > config.batch_syn_max else None
+        return index, cut, config.augment.draw(1, rng)
+
+    def _match_class(self, network, label, index, cut, augmentation):
+        """Return (loss 0-dim, gradient (n, C, H, W) of the class's newest images)."""
+        config, device = self.config, self.learned.device
+        block = self.synthetic.of_class(label, self.real.info.num_classes).detach().requires_grad_()
+        decoded = multi_formation.decode_class(block, config.factor, config.decode_type, config.batch_syn_max)
+        if cut is not None:
+            decoded = decoded[to_device(cut, device)]
+        real = self.real.train.images[to_device(index, device)].float() / 255
+        both = torch.cat([real, decoded]).sub(self.real.train.mean).div(self.real.train.std)
+        both = config.augment.apply(both, augmentation)
+        loss = matching_loss(
+            network,
+            both[: len(real)].detach(),
+            both[len(real) :],
+            label,
+            config.match,
+            config.metric,
+            config.bias,
+            config.fc,
+            config.f_idx,
+        )
+        (gradient,) = torch.autograd.grad(loss, block)
+        stages = len(self.synthetic.counts)
+        return loss.detach(), gradient.view(-1, stages, *gradient.shape[1:])[:, -1]

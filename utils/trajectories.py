@@ -10,19 +10,22 @@ from pathlib import Path
 
 import torch
 
-from utils import files
-from utils.errors import UserError
-from utils.reparam import flatten
+from networks.reparam import flatten
+
+from . import training
+from .results import names
+from .run import files
+from .run.errors import UserError
 
 PARTIAL = "partial"
-BUFFER = "buffer.json"  # the options of the experts beside it
+BUFFER_CONFIG = "buffer.json"  # the options of the experts beside it
 
 
-def buffer_folder(buffer_path, place, model, zca):
-    """Return the folder of the first stage's experts (MTT's layout); `place` as `datasets.place` returns it."""
-    if place in ("CIFAR10", "CIFAR100") and not zca:
-        place += "_NO_ZCA"
-    return Path(buffer_path) / place / model
+def buffer_folder(buffer_path, subdir, model, zca):
+    """Return the folder of the first stage's experts (MTT's layout); `subdir` is the data set's `dataset_subdir`."""
+    if subdir in ("CIFAR10", "CIFAR100") and not zca:
+        subdir += "_NO_ZCA"
+    return Path(buffer_path) / subdir / model
 
 
 def find_buffers(buffer_path, *layout):
@@ -55,15 +58,27 @@ def buffer_files(folder):
     return [found[number] for number in sorted(found)]
 
 
-def held_out_share(folder):
-    """Return the share of the training pictures that the experts recorded in `folder` never saw (--val_fraction)."""
-    path = Path(folder) / BUFFER
-    if not path.exists():  # published ones
-        return 0.0
-    share = files.read_json(path, "the options of the experts", {"options": dict})["options"].get("val_fraction", 0.0)
-    if not isinstance(share, (int, float)):
-        raise UserError(f"{path}: expected a number val_fraction, found {share!r}; move it away")
-    return share
+def held_out_fraction(folder):
+    """Return the fraction of the training images that the experts in `folder` never saw (--val_fraction).
+
+    Raises:
+        UserError: the file that says so is damaged.
+    """
+    recorded, transition = Path(folder) / BUFFER_CONFIG, Path(folder) / names.STAGE_FILE
+    if recorded.exists():
+        config = files.read_json(recorded, "the options of the experts", {"options": dict})["options"]
+    else:  # published experts have neither
+        config, recorded = names.read_mtt_stage(folder), transition
+    fraction = config.get("val_fraction", 0.0)
+    if not isinstance(fraction, (int, float)):
+        raise UserError(f"{recorded}: expected a number val_fraction, found {fraction!r}; move it away")
+    return fraction
+
+
+def recorded_fingerprint(folder):
+    """Return the fingerprint of the data that the experts in `folder` were trained on; None if nothing says it."""
+    path = Path(folder) / BUFFER_CONFIG
+    return files.read_json(path, "the options of the experts").get("fingerprint") if path.exists() else None
 
 
 def load_buffer(path, mmap=True):
@@ -144,8 +159,8 @@ class Experts:
             at = next(i for i in range(len(found)) if found[i] != expected[i])
             difference = f"parameter {at} of shape {expected[at]}, found {found[at]}"
         raise UserError(
-            f"{path}: these experts are of another network than {model} (expected {difference}); "
-            "choose their --model and --dataset, or other buffers"
+            f"{path}: these experts are not of {model} for these images (expected {difference}); their --model, image "
+            "size (--res) or number of classes is another: choose theirs, or other buffers"
         )
 
     def __len__(self):
@@ -186,7 +201,69 @@ class Experts:
         ]
 
 
-class Recorder:
+class EpochStates:
+    """The finished epochs of one expert on disk, so that a kill costs one epoch.
+
+    Args:
+        folder: of the files, one an epoch.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def save(self, epoch, network, optimizer):
+        """Save the state after the epoch of index `epoch`."""
+        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+        files.save(self.folder / f"epoch_{epoch:04d}.pt", state | {"digest": files.digest(state)})
+
+    def restore(self, network, optimizer):
+        """Bring network and optimiser to the last saved epoch; returns their entries of the trajectory so far.
+
+        Files that cannot be trusted, and those after them, are left out: their epochs are trained again.
+        """
+        entries, state = [], None
+        while found := files.load_trusted(self.folder / f"epoch_{len(entries):04d}.pt"):
+            state = found
+            entries.append([state["network"][name] for name, _ in network.named_parameters()])
+        if state:
+            network.load_state_dict(state["network"])
+            optimizer.load_state_dict(state["optimizer"])
+        return entries
+
+    def remove(self):
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def record_trajectory(network, images, config, seed, keys, masks=None, states=None, after_epoch=None):
+    """Train `network` on real images and return its parameters before and after every epoch.
+
+    Args:
+        states: `EpochStates` to continue from and to write; None for none.
+        Others as for `training.train`.
+
+    Returns:
+        List of config.epochs + 1 entries, each the list of parameter tensors (float32, CPU) in
+        `network.parameters()` order.
+    """
+    if masks:
+        training.apply_masks(masks)
+    trajectory, optimizer = [training.snapshot(network)], training.sgd(network, config)
+    if states:
+        trajectory += states.restore(network, optimizer)
+
+    def after(epoch, loss):
+        trajectory.append(training.snapshot(network))
+        if states:
+            states.save(epoch, network, optimizer)
+        if after_epoch:
+            after_epoch(epoch, loss)
+
+    done = len(trajectory) - 1
+    training.train(network, images, config, seed, keys, optimizer, masks, first_epoch=done, after_epoch=after)
+    return trajectory
+
+
+class BufferWriter:
     """Writes the experts of one folder: each expert at once to a part, a full group of parts to its replay buffer.
 
     Any order of experts, any number of processes and any interruption give the same files. Of several processes one
@@ -220,9 +297,14 @@ class Recorder:
     def _part(self, expert):
         return self.folder / PARTIAL / f"expert_{expert:05d}.pt"
 
+    def states(self, expert):
+        """Return the `EpochStates` of an expert that is being recorded."""
+        return EpochStates(self._part(expert).with_suffix(""))
+
     def add(self, expert, trajectory, alone=True):
         """Store one expert; a process that records `alone` merges its group when that is complete."""
         files.save(self._part(expert), trajectory)
+        self.states(expert).remove()
         if alone:
             self.merge()
 

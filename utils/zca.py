@@ -1,25 +1,25 @@
-"""ZCA whitening of pictures through kornia, with its inverse."""
+"""ZCA whitening of images through kornia, with its inverse."""
 
 import torch
 
-from utils.errors import UserError
+from .run.errors import UserError
+
+FILE = "zca.pt"  # the transform, beside a result
+
+
+def _unfitted():
+    from kornia.enhance import ZCAWhitening  # takes seconds, and only --zca needs it
+
+    return ZCAWhitening(eps=0.1, compute_inv=True)  # the constants of KIP and MTT
 
 
 def fit(images):
-    """Fit ZCA whitening on pictures.
+    """Return a kornia.enhance.ZCAWhitening fitted on images (N, C, H, W), float in [0, 1].
 
-    Args:
-        images: (N, C, H, W) float in [0, 1].
-
-    Returns:
-        kornia.enhance.ZCAWhitening with eps 0.1 and its inverse computed; call it on (N, C, H, W) pictures, and
-        `inverse_transform` on whitened ones. The constants are those of KIP and MTT.
+    Call it on images (N, C, H, W), and its `inverse_transform` on whitened ones.
     """
-    from kornia.enhance import ZCAWhitening  # heavy, and needed by --zca alone
-
-    whitening = ZCAWhitening(eps=0.1, compute_inv=True)
     with torch.no_grad():
-        return whitening.fit(images)
+        return _unfitted().fit(images)
 
 
 def state(whitening):
@@ -29,20 +29,18 @@ def state(whitening):
 
 
 def restore(saved, values, device):
-    """Return the whitening that `state` described, on `device`, for pictures of `values` numbers.
+    """Return the whitening that `state` described, on `device`, for images of `values` numbers.
 
     Raises:
-        UserError: it is of other pictures, or damaged.
+        UserError: it is of other images, or damaged.
     """
     shapes = {"mean_vector": (1, values), "transform_matrix": (values, values), "transform_inv": (values, values)}
     tensors = saved if isinstance(saved, dict) else {}
-    good = [isinstance(t, torch.Tensor) and bool(t.isfinite().all()) and tuple(t.shape) for t in tensors.values()]
-    if dict(zip(tensors, good, strict=True)) != shapes:
+    found = {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, torch.Tensor) and t.isfinite().all()}
+    if found != shapes or len(tensors) != len(shapes):
         raise UserError(f"expected a ZCA transform for {values} numbers, found something else")
-    from kornia.enhance import ZCAWhitening
-
-    whitening = ZCAWhitening(eps=0.1, compute_inv=True)
-    for name, tensor in saved.items():
+    whitening = _unfitted()
+    for name, tensor in tensors.items():
         setattr(whitening, name, tensor.to(device))
     whitening.fitted = True
     return whitening

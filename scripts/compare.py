@@ -1,0 +1,43 @@
+"""Compare results: one table of their reports (Markdown), and figures side by side.
+
+python scripts/compare.py logged_files/CIFAR10/* results/cifar10/* --out comparison
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.options import Parser
+from utils.results import compare, figures
+from utils.results.report import plus_minus
+from utils.run import errors, files
+from utils.run.log import log0, print0
+
+
+def parse():
+    parser = Parser(__doc__)
+    parser.add_argument("folders", nargs="+", metavar="RESULT_FOLDER", help="with a report of evaluate_*.py")
+    parser.add_argument(
+        "--out", help="folder for report.md, report.csv and the figures (default: only print the table)"
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse()
+    results = [compare.read(folder) for folder in args.folders]
+    print0(compare.as_markdown(results, plus_minus()))
+    if not args.out:
+        return
+    out = Path(args.out)
+    for name, text in (("report.md", compare.as_markdown(results) + "\n"), ("report.csv", compare.as_csv(results))):
+        with files.atomic(out / name, "w") as file:
+            file.write(text)
+        log0(f"written: {out / name}")
+    for path in figures.draw_all(results, out):
+        log0(f"written: {path}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

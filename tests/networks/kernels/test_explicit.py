@@ -1,0 +1,87 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+import networks
+from networks.convnet import ConvNet
+from networks.kernels import explicit
+from tests.conftest import SHORT, STAGES, run_script
+from utils.synthetic import load_mtt
+
+
+def relative(found, expected):
+    # Together: the gradients of offsets in front of a normalisation are zero but for rounding.
+    found, expected = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (found, expected))
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+# Depth, width, pixels and channels: convolutions as they are, as columns, and a mixture of both.
+@pytest.mark.parametrize("depth,width,size,channel", [(1, 3, 4, 1), (2, 4, 8, 1), (3, 8, 32, 3), (3, 6, 16, 4)])
+def test_gradient_and_products_equal_autograd(depth, width, size, channel):
+    torch.manual_seed(0)
+    network = ConvNet(channel, 5, size, width=width, depth=depth).double()
+    with torch.no_grad():
+        for parameter in network.parameters():  # norms do not start at one and zero
+            parameter += 0.3 * torch.randn_like(parameter)
+    x = torch.randn(7, channel, size, size, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(5, (7,))
+    assert explicit.applies(network, x)
+    parameters = list(network.parameters())
+    vectors = [torch.randn_like(p) for p in parameters]
+
+    network.fuses = False
+    loss = F.cross_entropy(network(x), labels, reduction="sum") / 9
+    expected = torch.autograd.grad(loss, parameters, create_graph=True)
+    inner = sum((g * v).sum() for g, v in zip(expected, vectors, strict=True))
+    *expected_products, expected_images = torch.autograd.grad(inner, [*parameters, x])
+
+    with torch.no_grad():
+        plain = [p.detach() for p in parameters]
+        gradients, saved = explicit.gradient(plain, x.detach(), labels, 9)
+        assert relative(gradients, [g.detach() for g in expected]) < 1e-11
+        for _ in range(2):  # what is saved stays as it was
+            products, images = explicit.vjp(plain, saved, vectors, 9)
+            assert relative([*products, images], [*expected_products, expected_images]) < 1e-10
+        nothing, images = explicit.vjp(plain, saved, vectors, 9, of_parameters=False)
+        assert nothing is None and relative([images], [expected_images]) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "name,channel,size,wanted",
+    [
+        ("ConvNet", 3, 32, True),
+        ("ConvNetD4", 3, 64, True),
+        ("ConvNet", 1, 28, False),  # its first convolution pads more
+        ("ConvNetD3", 3, 36, False),  # odd planes
+        ("ConvNetGAP", 3, 32, False),
+        ("ConvNetBN", 3, 32, False),
+        ("ConvNetMP", 3, 32, False),
+        ("MLP", 3, 32, False),
+    ],
+)
+def test_other_networks_are_left_to_autograd(name, channel, size, wanted):
+    network = networks.get_network(name, channel, 10, size)
+    assert explicit.applies(network, torch.zeros(1, channel, size, size)) == wanted
+    assert not explicit.applies(network, torch.zeros(1, channel, size, size, device="meta"))
+
+
+def test_without_a_working_compiler_one_note_is_printed(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no compiler found\nmore words")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: broken)
+    notes = []
+    function = explicit.compiled(lambda a, b: a + b, notes.append)
+    assert [function(1, 2), function(3, 4)] == [3, 7]
+    assert notes == ["note: --compile does not work here (no compiler found); running without"]
+
+
+@pytest.mark.slow
+def test_compiled_steps_distil_the_same(buffers, tmp_path):
+    for name, words in (("plain", []), ("compiled", ["--compile"])):
+        one = [*STAGES, *SHORT, "--num_intervals", 1, "--buffer_path", buffers, "--root_log_dir", tmp_path / name]
+        done = run_script("distill_mtt.py", *one, *words)
+        assert "--compile does not work" not in done.stderr
+    found = [load_mtt(path.parent) for path in sorted(tmp_path.rglob("images_best.pt"))]
+    assert len(found) == 2
+    torch.testing.assert_close(found[0].images, found[1].images, rtol=1e-3, atol=1e-4)

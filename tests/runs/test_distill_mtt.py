@@ -1,0 +1,191 @@
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import distill_mtt
+from networks.reparam import flatten
+from tests.conftest import EXPERIMENT, SHORT, STAGES, call, files_of, run_script
+from utils import training
+from utils.augment import DSA
+from utils.data import datasets
+from utils.results.load import load_distilled
+from utils.synthetic import empty_set, load_mtt
+from utils.trajectories import load_buffer
+
+FOLDERS = ["interval1_epoch1-2", "interval2_epoch3-4", "interval3_epoch5-6"]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a script that has to succeed in this process."""
+
+    def run(script, *words):
+        status, message = call(script, *words, capsys=capsys, monkeypatch=monkeypatch)
+        assert status == 0, message
+
+    return run
+
+
+@pytest.fixture
+def distil(run, buffers, tmp_path):
+    """Runs distill_mtt.py below the temporary folder; returns the experiment's folder."""
+
+    def distil(*words, stages=3):
+        paths = ["--buffer_path", buffers, "--root_log_dir", tmp_path]
+        run("distill_mtt.py", *STAGES, *SHORT, *paths, "--num_intervals", stages, *words)
+        return tmp_path / "Digits" / EXPERIMENT
+
+    return distil
+
+
+def best_images(folder, stage):
+    return torch.load(folder / FOLDERS[stage - 1] / "images_best.pt", weights_only=True)
+
+
+def test_files_have_the_documented_names_shapes_and_types(distilled):
+    assert sorted(p.name for p in distilled.iterdir() if p.is_dir()) == FOLDERS
+    for stage, name in enumerate(FOLDERS, 1):
+        folder = distilled / name
+        tags = {re.fullmatch(r"images_(\w+)\.pt", p.name)[1] for p in folder.glob("images_*.pt")}
+        assert {"best", "0"} <= tags
+        for tag in tags:
+            images = torch.load(folder / f"images_{tag}.pt", weights_only=True)
+            labels = torch.load(folder / f"labels_{tag}.pt", weights_only=True)
+            syn_lr = torch.load(folder / f"syn_lr_{tag}.pt", weights_only=True)
+            assert images.shape == (10 * stage, 1, 8, 8) and images.dtype == torch.float32
+            assert labels.tolist() == list(range(10)) * stage and labels.dtype == torch.int64
+            assert syn_lr.shape == () and syn_lr.dtype == torch.float32
+            assert (folder / f"images_{tag}.png").stat().st_size > 100
+        known = json.loads((folder / "stage.json").read_text())
+        assert known["complete"] and known["select_on"] == "test"
+        best = {kind: (folder / f"{kind}_best.pt").read_bytes() for kind in ("images", "labels", "syn_lr")}
+        assert best == {kind: (folder / f"{kind}_{known['best_iteration']}.pt").read_bytes() for kind in best}
+        assert not (folder / "checkpoint.pt").exists() and not (folder / "partial").exists()
+        assert not list(folder.glob(".*.tmp"))
+        assert (folder / "replay_buffer_0.pt").exists() == (stage < 3)
+
+
+def test_metrics_have_every_iteration_and_evaluation_once(distilled):
+    for stage, name in enumerate(FOLDERS, 1):
+        rows = [json.loads(line) for line in (distilled / name / "metrics.jsonl").read_text().splitlines()]
+        assert all(row["stage"] == stage for row in rows)
+        assert [row["iteration"] for row in rows if "loss" in row] == [0, 1, 2, 3, 4]
+        assert [row["iteration"] for row in rows if "accuracy_mean" in row] == [0, 2, 4, 5]
+
+
+def test_a_stage_never_changes_the_bits_of_earlier_subsets(distilled):
+    moved = 0
+    for stage, name in enumerate(FOLDERS[1:], 2):
+        before, first = best_images(distilled, stage - 1), None
+        for path in sorted((distilled / name).glob("images_*.pt")):
+            after = torch.load(path, weights_only=True)
+            assert torch.equal(after[: len(before)], before)
+            first = after if first is None else first
+            moved += not torch.equal(after[len(before) :], first[len(before) :])
+    assert moved
+
+
+def test_the_transition_starts_from_union_trained_weights(monkeypatch, buffers, distilled):
+    words = ["--buffer_path", str(buffers), "--root_log_dir", str(distilled.parent.parent)]
+    monkeypatch.setattr("sys.argv", ["distill_mtt.py", *STAGES, *SHORT, *words])
+    run = distill_mtt.Run(distill_mtt.parse(), datasets.load("Digits", "", torch.device("cpu")))
+    union = load_mtt(distilled / FOLDERS[0])
+    trajectories = load_buffer(distilled / FOLDERS[0] / "replay_buffer_0.pt")
+    assert len(trajectories) == 3 and all(len(trajectory) == 2 + 2 + 2 for trajectory in trajectories)
+    dsa = DSA("color_crop_cutout_flip_scale_rotate")
+    config = training.TrainConfig(4, float(union.syn_lr), 0.9, 5e-4, 128, dsa, lr_milestones=((3, 0.1),))
+    for k in (0, 2):
+        network = run.network_at(run.experts(1).parameters(k, 0))
+        training.train(network, union.dataset(), config, 0, ("transition", 1, k))
+        assert torch.equal(flatten(network.parameters()), flatten(trajectories[k][0]))
+
+
+def test_two_runs_are_bit_identical(tmp_path, buffers, distilled):
+    run_script("distill_mtt.py", *STAGES, *SHORT, "--buffer_path", buffers, "--root_log_dir", tmp_path)
+    found, expected = files_of(tmp_path / "Digits" / EXPERIMENT), files_of(distilled)
+    # Other tests evaluate there, which leaves files beside the stages'.
+    expected = {key: value for key, value in expected.items() if key in found or key.startswith("interval")}
+    assert found.keys() == expected.keys()
+    assert [key for key in found if key != "config.json" and found[key] != expected[key]] == []
+
+
+def test_retained_graphs_change_nothing(distil, distilled):
+    assert torch.equal(best_images(distil("--kept_steps", 1), 3), best_images(distilled, 3))
+
+
+def test_a_later_stage_begins_from_what_is_on_disk(tmp_path, distil, distilled):
+    for name in FOLDERS[:2]:
+        folder = tmp_path / "Digits" / EXPERIMENT / name
+        folder.mkdir(parents=True)
+        for path in (distilled / name).iterdir():
+            if path.name != "stage.json":  # published results have none
+                (folder / path.name).write_bytes(path.read_bytes())
+    assert torch.equal(best_images(distil("--start_interval", 3), 3), best_images(distilled, 3))
+
+
+def test_one_stage_is_in_the_experiments_own_folder(distil):
+    folder = distil("--pix_init", "noise", "--tag", "try", "--force_save", "--no_aug", stages=1)
+    folder = folder.with_name(f"{EXPERIMENT}_try")
+    assert (folder / "images_best.pt").exists() and (folder / "images_5.pt").exists()
+    assert not list(folder.glob("interval*")) and not list(folder.glob("replay*"))
+
+
+def test_texture_learns_canvases(tmp_path, buffers, run, distil, capsys, monkeypatch):
+    extra = ["--texture", "--canvas_size", 2, "--canvas_samples", 2]
+    folder = distil(*extra, stages=2)
+    images = best_images(folder, 2)
+    assert images.shape == (20, 1, 16, 16)
+    words = [*STAGES, "--num_intervals", 2, "--num_experts", 1, "--epoch_eval_train", 2, "--num_eval", 1, "--skip_full",
+             "--buffer_path", buffers, "--save_path", tmp_path]  # fmt: skip
+    run("evaluate_mtt.py", *words, *extra)
+    assert [row["ipc_total"] for row in json.loads((folder / "report.json").read_text())["stages"]] == [1, 2]
+    status, message = call("evaluate_mtt.py", *words, capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 2 and "images_best.pt: expected images 1x8x8 for Digits, found 1x16x16" in message
+    for kind in ("safetensors", "png"):
+        run("scripts.export", folder, "--format", kind, "--out", tmp_path / kind)
+    data = load_distilled(folder)
+    assert torch.equal(data.images, images)
+    assert torch.equal(load_distilled(tmp_path / "safetensors").images, images)
+    assert load_distilled(tmp_path / "png").images.shape == images.shape
+    torch.manual_seed(0)
+    windows = [data[3][0] for _ in range(50)]
+    everywhere = images[3].repeat(1, 2, 2).unfold(1, 8, 1).unfold(2, 8, 1).reshape(-1, 8, 8)
+    assert all((everywhere == window[0]).all(dim=(1, 2)).any() for window in windows)
+    assert len({tuple(window.flatten().tolist()) for window in windows}) > 20
+
+
+def test_zca_also_saves_pixels(whitened, cifar_tree):
+    pixels = torch.load(whitened / "images_zca_0.pt", weights_only=True)
+    real = datasets.read("CIFAR10", cifar_tree).train_images
+    start = np.rint(pixels.numpy() * 255)
+    assert pixels.shape == (10, 3, 32, 32)
+    assert all((np.abs(real.astype(float) - image).max(axis=(1, 2, 3)) < 1.5).any() for image in start)
+
+
+@pytest.mark.parametrize("stage,expected", [(1, 0.5), (2, 1e-5)])
+def test_syn_lr_moves_slowly_from_the_second_stage_of_cifar10_at_one_image(monkeypatch, stage, expected):
+    monkeypatch.setattr("sys.argv", ["distill_mtt.py", "--ipc", "1", "--lr_lr", "0.5", "--lr_img", "7"])
+    real = datasets.load("Digits", "", torch.device("cpu"))
+    run = distill_mtt.Run(distill_mtt.parse(), real)
+    run.union = lambda stage: empty_set(real)
+    run.experts = lambda stage: []
+    rates = []
+
+    def sgd(parameters, lr, momentum):
+        rates.append((lr, momentum))
+        return torch.optim.SGD(parameters, lr, momentum)
+
+    class Begun(Exception):
+        pass
+
+    def begin(*_, **__):
+        raise Begun
+
+    monkeypatch.setattr(distill_mtt, "SGD", sgd)
+    monkeypatch.setattr(distill_mtt, "Checkpoint", begin)
+    with pytest.raises(Begun):
+        distill_mtt.learn_subset(stage, run)
+    assert rates == [(7.0, 0.5), (expected, 0.5)]

@@ -1,0 +1,229 @@
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+import networks
+from tests.conftest import EXPERIMENT, STAGES, call, make_tree, run_script
+from tests.support.published import MTT_EXPERIMENT, SEED_COMMANDS, write_mtt
+from utils import training
+from utils.augment import DSA
+from utils.data import datasets
+from utils.results import names
+from utils.results.load import load_distilled
+from utils.run.streams import stream
+from utils.trajectories import load_buffer
+
+QUICK = ["--num_experts", "2", "--num_eval", "2", "--epoch_eval_train", "6", "--full_epochs", "2"]
+ALONE = ["--skip_random", "--skip_full"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(distilled, buffers):
+    paths = ["--buffer_path", buffers, "--save_path", distilled.parent.parent]
+    done = run_script("evaluate_mtt.py", *STAGES, *QUICK, *paths)
+    return done.stdout, json.loads((distilled / "report.json").read_text())
+
+
+@pytest.fixture
+def evaluate(distilled, buffers, capsys, monkeypatch):
+    """Evaluates the distilled digits; returns (exit status, stderr)."""
+    paths = ["--buffer_path", buffers, "--save_path", distilled.parent.parent]
+    return lambda *words: call("evaluate_mtt.py", *STAGES, *QUICK, *paths, *words, capsys=capsys,
+                               monkeypatch=monkeypatch)  # fmt: skip
+
+
+def test_report_has_the_documented_form(evaluated, distilled):
+    printed, found = evaluated
+    assert found["dataset"] == "Digits" and found["model"] == "ConvNetW32"
+    assert [(s["stage"], s["ipc_total"]) for s in found["stages"]] == [(1, 1), (2, 2), (3, 3)]
+    for row, count in [*((row, 2) for row in found["stages"]), (found["random"], 2), (found["full"], 1)]:
+        assert 0 <= row["accuracy_mean"] <= 100 and row["accuracy_std"] >= 0 and row["networks"] == count
+    assert found["models"]["ConvNetW32"]["stages"] == found["stages"]
+    assert found["config"]["ipc"] == 1 and found["config"]["versions"]["torch"] == torch.__version__
+    assert "stage 1-3" in printed and "random real" in printed and "full training set" in printed
+    assert f"{found['stages'][2]['accuracy_mean']:.2f}" in printed
+    assert (distilled / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert not (distilled / "partial").exists()
+
+
+def test_each_network_starts_from_its_own_expert_and_carries_momentum(evaluated, distilled, buffers):
+    _, found = evaluated
+    real = datasets.load("Digits", "", torch.device("cpu"))
+    experts = load_buffer(buffers / "Digits" / "ConvNetW32" / "replay_buffer_0.pt")
+    dsa = DSA("color_crop_cutout_flip_scale_rotate")
+    final = []
+    for k in range(2):
+        network = networks.get_network("ConvNetW32", 1, 10, 8)
+        with torch.no_grad():
+            for parameter, value in zip(network.parameters(), experts[k][0], strict=True):
+                parameter.copy_(value)
+        optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
+        for stage in range(3):
+            folder = sorted(distilled.glob("interval*"))[stage]
+            images = torch.load(folder / "images_best.pt", weights_only=True)
+            labels = torch.load(folder / "labels_best.pt", weights_only=True)
+            for epoch in range(6):
+                lr = float(torch.load(folder / "syn_lr_best.pt", weights_only=True))
+                optimizer.param_groups[0]["lr"] = lr * (0.1 if epoch > 6 // 2 + 1 else 1)
+                rng = stream(0, "distilled", "ConvNetW32", k, stage, epoch)
+                order = torch.from_numpy(rng.permutation(len(labels)))
+                x = dsa.apply(images[order], dsa.draw(len(order), rng))
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(network(x), labels[order]).backward()
+                optimizer.step()
+        final.append(training.accuracy(network, real.test))
+    assert found["stages"][2]["accuracy_mean"] == pytest.approx(sum(final) / 2)
+
+
+@pytest.mark.parametrize("mode", ["A", "P", "C"])
+def test_other_networks_are_in_one_report(mode, evaluate, distilled):
+    short = ["--num_eval", 1, "--epoch_eval_train", 1, "--override_load_path", EXPERIMENT]
+    assert evaluate(*ALONE, *short, "--eval_mode", mode)[0] == 0
+    found = json.loads((distilled / "report.json").read_text())
+    assert list(found["models"]) == networks.eval_pool(mode, "ConvNetW32")
+    assert found["random"] is None and found["full"] is None
+
+
+def test_saved_models_are_lists_of_parameters(evaluate, distilled):
+    assert evaluate(*ALONE, "--save_model", "--save_model_prefix", "net")[0] == 0
+    saved = torch.load(distilled / "net_ConvNetW32_1.pt", weights_only=True)
+    shapes = [p.shape for p in networks.get_network("ConvNetW32", 1, 10, 8).parameters()]
+    assert [t.shape for t in saved] == shapes
+
+
+def test_stage_folders_can_be_named(evaluate, distilled):
+    words = [*ALONE, "--num_intervals", 2, "--override_interval_names"]
+    assert evaluate(*words, "interval1_epoch1-2.interval3_epoch5-6")[0] == 0
+    found = json.loads((distilled / "report.json").read_text())
+    assert [s["ipc_total"] for s in found["stages"]] == [1, 3]
+    status, message = evaluate(*words, "interval1_epoch1-2")
+    assert status == 2 and "expected 2 names" in message
+
+
+def test_stages_that_are_left_out_are_told(distilled, capsys):
+    assert len(names.find_mtt_stages(distilled, 3)) == 3 and capsys.readouterr().err == ""
+    assert len(names.find_mtt_stages(distilled, 2)) == 2
+    assert "--num_intervals 2 leaves out 1 more stages" in capsys.readouterr().err
+
+
+def run_published(number, published, epochs, tree, tmp_path):
+    """Run a row in its own words, made short by options that its folder's name does not hold."""
+    data = ["--data_path", tree, "--buffer_path", tmp_path / "buffers"]
+    # Small minibatches, so that experts on so few images move about as far as students do.
+    run_script("buffer_mtt.py", *published.split(), *data, "--num_experts", 1, "--train_epochs", epochs,
+               "--batch_train", {0: 4, 1: 4, 4: 8}.get(number, 32))  # fmt: skip
+    distillation, evaluation = (command.split() for command in SEED_COMMANDS[number])
+    batches = {0: (2, 12), 1: (8, 4), 4: (8, 8)}.get(number, (8, 32))
+    short = ["--Iteration", 1, "--batch_syn", batches[0], "--batch_train", batches[1], "--num_eval", 1]
+    run_script("distill_mtt.py", *distillation, *data, "--root_log_dir", tmp_path / "logs", *short,
+               "--override_epoch_eval_train", 1)  # fmt: skip
+    done = run_script("evaluate_mtt.py", *evaluation, *data, "--save_path", tmp_path / "logs", "--num_experts", 1,
+                      "--epoch_eval_train", 1, "--num_eval", 1, *ALONE)  # fmt: skip
+    assert "stage 1-5" in done.stdout
+    return sorted(path.name for path in (tmp_path / "logs").glob("*/*/interval*"))
+
+
+CIFAR_EXPERTS = "--dataset=CIFAR10 --model=ConvNet --train_epochs=50 --num_experts=100 --zca"
+
+
+def test_a_published_command_runs_from_experts_to_report(cifar_tree, tmp_path):
+    stages = run_published(0, CIFAR_EXPERTS, 7, cifar_tree, tmp_path)
+    assert stages == [f"interval{p}_epoch{5 * p - 4}-{5 * p}" for p in range(1, 6)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_every_published_command_runs_from_experts_to_report(number, tmp_path):
+    """Takes half an hour: python -m pytest -m slow."""
+    classes, size, part = ((10, 32, "test"), (100, 32, "test"), (200, 64, "val"))[number // 2]
+    images = {4: 3, 5: 10}.get(number, 12)  # of each class; 200 classes of 64 pixels take long
+    tree = make_tree(tmp_path / "data", [f"class{n:03d}" for n in range(classes)], images, 1, size, part, wrong=0.5)
+    published = CIFAR_EXPERTS.replace("CIFAR10", "CIFAR100") if number in (2, 3) else CIFAR_EXPERTS
+    if number >= 4:
+        published = "--dataset Tiny --model=ConvNetD4 --train_epochs 24"
+    reach = {1: 15, 2: 20, 3: 20, 4: 20, 5: 20}[number]
+    stages = run_published(number, published, reach + 3, tree, tmp_path)
+    assert sorted(stages) == sorted(f"interval{p}_epoch{reach * (p - 1) + 1}-{reach * p}" for p in range(1, 6))
+
+
+WORDS = ["--dataset", "CIFAR10", "--model", "ConvNetW32", "--ipc", 1, "--num_intervals", 2, "--max_start_epoch", 2]
+both_formats = pytest.mark.parametrize("new_format", [True, False])
+
+
+@pytest.fixture
+def published(new_format, cifar_tree, tmp_path, capsys, monkeypatch):
+    """Published files, and a function that evaluates them: (experiment's folder, of words to (status, stderr))."""
+    paths = ["--data_path", cifar_tree, "--buffer_path", tmp_path / "buffers", "--save_path", tmp_path / "logs",
+             "--override_load_path", MTT_EXPERIMENT]  # fmt: skip
+
+    def run(*words):
+        words = [*WORDS, *QUICK, *paths, *words]
+        return call("evaluate_mtt.py", *words, capsys=capsys, monkeypatch=monkeypatch)
+
+    return write_mtt(tmp_path, new_format), run
+
+
+def experts_file(experiment):
+    return experiment.parents[2] / "buffers" / "CIFAR10_NO_ZCA" / "ConvNetW32" / "replay_buffer_0.pt"
+
+
+@both_formats
+def test_published_files_are_read_as_they_are(published):
+    folder, evaluate = published
+    assert isinstance(load_buffer(experts_file(folder))[0][0][0], torch.nn.Parameter)
+    status, message = evaluate("--skip_full")
+    assert status == 0 and "no experts" not in message, message
+    found = json.loads((folder / "report.json").read_text())
+    assert [s["ipc_total"] for s in found["stages"]] == [1, 2]
+    data = load_distilled(folder)
+    assert not data.images.requires_grad and data.syn_lr == pytest.approx(0.012) and data.stage.tolist()[9:11] == [1, 2]
+
+
+@both_formats
+def test_published_experts_and_unions_are_distilled_on(published, cifar_tree, tmp_path, capsys, monkeypatch):
+    """Stage 2 from the published union of stage 1 and the published experts in its folder."""
+    folder, _ = published
+    shutil.rmtree(folder / "interval2_epoch3-4")
+    shutil.copy(experts_file(folder), folder / "interval1_epoch1-2")
+    words = ["--start_interval", 2, "--expert_epochs", 1, "--syn_steps", 2, "--Iteration", 1, "--num_eval", 1,
+             "--override_epoch_eval_train", 1, "--override_experiment_path", folder]  # fmt: skip
+    status, message = call("distill_mtt.py", *WORDS, "--data_path", cifar_tree, *words, capsys=capsys,
+                           monkeypatch=monkeypatch)  # fmt: skip
+    assert status == 0, message
+    before, after = (load_distilled(folder, stage=stage).images for stage in (1, 2))
+    assert torch.equal(after[:10], before) and len(after) == 20
+
+
+OTHER_SHAPES = [
+    ("images_best.pt", torch.zeros(20, 3, 16, 16), "expected images 3x32x32 for CIFAR10, found 3x16x16"),
+    ("images_best.pt", torch.zeros(19, 3, 32, 32), "labels_best.pt: expected 19 integer labels"),
+    ("labels_best.pt", torch.zeros(20, 1).long(), r"expected labels \(N,\), found shape \(20, 1\)"),
+    ("syn_lr_best.pt", torch.ones(3), r"expected one number, found shape \(3,\)"),
+]
+
+
+@pytest.mark.parametrize("name,tensor,words", OTHER_SHAPES)
+@both_formats
+def test_published_files_of_another_shape_are_named(new_format, name, tensor, words, published):
+    folder, evaluate = published
+    path = folder / "interval2_epoch3-4" / name
+    torch.save(tensor, path, _use_new_zipfile_serialization=new_format)
+    status, message = evaluate()
+    *notes, error = message.splitlines()
+    assert status == 2 and re.search(words, error), message
+    assert error.startswith(f"error: {path.parent}") and "_best.pt: " in error
+    assert all(note.startswith("note: ") for note in notes)
+
+
+@both_formats
+def test_published_experts_of_another_shape_are_named(new_format, published):
+    folder, evaluate = published
+    path = experts_file(folder)
+    trajectories = load_buffer(path, mmap=False)
+    trajectories[1][0][2] = torch.nn.Parameter(torch.zeros(33))
+    torch.save(trajectories, path, _use_new_zipfile_serialization=new_format)
+    status, message = evaluate()
+    assert status == 2 and message.splitlines()[-1].startswith(f"error: {path}: ") and "found (33,)" in message

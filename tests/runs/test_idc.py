@@ -1,0 +1,234 @@
+import json
+import re
+import shlex
+
+import pytest
+import torch
+
+from tests.conftest import call, files_of, make_tree, run_script
+from tests.support.published import IDC_COMMANDS, write_idc
+from utils.data import datasets
+
+D, E = "distill_idc.py", "evaluate_idc.py"
+SHORT = shlex.split(
+    "-d digits --ipc 2 --num-intervals 3 --niter 0.04 --inner_loop 2 --epochs 5 --net_epoch 1 --n_data 64 "
+    "--batch_real 8"
+)
+NAME = "conv2in_w0.25_grad_mse_nd64_inloop2_cut_niter0.04_lr0.05_b_real8_random_ipc2"
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    root = tmp_path_factory.mktemp("results")
+    run_script(D, *SHORT, "--results", root)
+    return root / "digits" / NAME
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a script in this process; returns (exit status, stderr)."""
+    return lambda script, *words: call(script, *words, capsys=capsys, monkeypatch=monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words,folder", IDC_COMMANDS[:4])
+def test_published_commands_run_and_evaluate(words, folder, tmp_path):
+    """Shortened by options that the folder's name shows; takes minutes: python -m pytest -m slow."""
+    dataset = "cifar100" if "cifar100" in words else "cifar10"
+    classes = 100 if dataset == "cifar100" else 10
+    tree = make_tree(tmp_path / "data", [f"class{n:03d}" for n in range(classes)], 48, 1)
+    short = ["--niter", "0.01", "--inner_loop", "1", "--epochs", "5", "--num-intervals", "2"]
+    both = [*shlex.split(words), "--data_dir", tree, "--results", tmp_path / "results", *short]
+    run_script(D, *both)
+    name = re.sub(r"niter\d+", "niter0.01", folder.replace("nd2000", "nd2000_inloop1"))
+    images = [torch.load(tmp_path / "results" / name / f"interval_{s}_data.pt", weights_only=True)[0] for s in (0, 1)]
+    assert len(images[1]) == 2 * len(images[0])
+    both = [word for word in both if word not in ("--start-interval", "0")]
+    done = run_script(E, *both, "--eval_models", "self", "--epochs", 1, "--skip_full", "--skip_random")
+    assert "stage 1-2" in done.stdout
+
+
+def test_files_have_the_documented_names_and_forms(distilled):
+    names = {path.name for path in distilled.iterdir()}
+    for stage in range(3):
+        wanted = {"data.pt", "init.png", "img2.png", "metrics.jsonl"}
+        assert {f"interval_{stage}_{name}" for name in wanted} | {f"interval_{stage}.json"} <= names
+        images, labels = torch.load(distilled / f"interval_{stage}_data.pt", weights_only=True)
+        assert images.shape == (20 * (stage + 1), 1, 8, 8) and images.dtype == torch.float32
+        assert images.min() >= 0 and images.max() <= 1
+        assert labels.dtype == torch.int64 and labels.tolist() == sorted(list(range(10)) * 2 * (stage + 1))
+    assert {"args.txt", "log.txt", "config.json"} <= names
+    assert not any(name.endswith("checkpoint.pt") or name == "partial" for name in names)
+    assert "ipc: 2\n" in (distilled / "args.txt").read_text()
+    assert "accuracy_mean" in (distilled / "log.txt").read_text()
+
+
+def test_positions_are_side_by_side_and_frozen_bits_stay(distilled):
+    unions = [torch.load(distilled / f"interval_{s}_data.pt", weights_only=True)[0] for s in range(3)]
+    positions = [union.view(10, 2, s + 1, 1, 8, 8) for s, union in enumerate(unions)]
+    for stage in (1, 2):
+        assert torch.equal(positions[stage][:, :, :stage], positions[stage - 1])
+    assert not torch.equal(positions[2][:, :, 2], positions[2][:, :, 1])
+
+
+def test_images_have_moved_and_the_last_iteration_is_saved(distilled):
+    real = datasets.load("Digits", "", torch.device("cpu"))
+    digits = {tuple(x.flatten().tolist()) for x in real.train.images.float() / 255}
+    images = torch.load(distilled / "interval_0_data.pt", weights_only=True)[0]
+    assert not any(tuple(x.flatten().tolist()) in digits for x in images)
+    rows = [json.loads(line) for line in (distilled / "interval_0_metrics.jsonl").read_text().splitlines()]
+    assert [(r["iteration"], "loss" in r) for r in rows] == [(2, True), (2, False)]
+
+
+def test_two_runs_are_bit_identical(distilled, run, tmp_path):
+    assert run(D, *SHORT, "--results", tmp_path)[0] == 0
+    found, expected = files_of(tmp_path / "digits" / NAME), files_of(distilled)
+    for key in ("config.json", "args.txt"):
+        found.pop(key), expected.pop(key)
+    assert found.keys() >= {k for k in expected if k.startswith("interval")}
+    assert [k for k in found if k in expected and found[k] != expected[k]] == []
+
+
+def test_start_interval_goes_on_from_what_is_on_disk(distilled, run, tmp_path):
+    folder = tmp_path / "digits" / NAME
+    folder.mkdir(parents=True)
+    (folder / "interval_1_data.pt").write_bytes((distilled / "interval_1_data.pt").read_bytes())
+    assert run(D, *SHORT, "--results", tmp_path, "--start-interval", 2)[0] == 0
+    assert (folder / "interval_2_data.pt").read_bytes() == (distilled / "interval_2_data.pt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "--match feat --metric l2",
+        "--metric l1 --factor 3",
+        "--factor 2 --decode_type multi --batch_syn_max 4 --init noise",
+        "--factor 2 --decode_type bound --early 1 --fix_iter 2",
+        "--mixup vanilla --mixup_net vanilla --transition_pool 1 --transition_batch 2",
+        "--norm_type batch --metric cos",
+        "--norm_type sn --metric l1_mean --bias True --fc True --test --time --save_ckpt True",
+        "-n resnet --depth 10 --width 0.0625 --repeat 2",
+    ],
+)
+def test_variants_run_and_evaluate(extra, run, tmp_path):
+    words = [*SHORT, "--num-intervals", 2, "--batch_real", 4, "--epochs", 2, "--results", tmp_path]
+    assert run(D, *words, *extra.split())[0] == 0
+    extra = extra.partition("--transition_pool")[0]  # it is no option of evaluate_idc.py
+    assert run(E, *words, *extra.split(), "--skip_full", "--skip_random")[0] == 0
+    (path,) = tmp_path.rglob("report.json")
+    assert len(json.loads(path.read_text())["stages"]) == 2
+
+
+def test_pretrained_networks(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*SHORT, "--num-intervals", 1, "--pt_from", 1, "--pt_num", 2]
+    status, message = run(D, *words)
+    assert status == 2 and "expected a pretrained network, found none" in message
+    assert run(D, *words, "--pretrain")[0] == 0
+    assert len(list(tmp_path.glob("pretrained/digits/conv2in_w0.25/network_*_epoch1.pt"))) == 2
+    assert run(D, *words)[0] == 0
+
+
+def test_evaluation_reports_every_mode(distilled, run):
+    base = [*SHORT, "--results", distilled.parent.parent, "--epochs", 2, "--full_epochs", 1]
+    alone = ["--skip_random", "--skip_full"]
+
+    def report(*words):
+        assert run(E, *base, *words)[0] == 0
+        return json.loads((distilled / "report.json").read_text())
+
+    found = report("--eval_models", "self,resnet10,densenet", "--epochs", 1, *alone)
+    assert list(found["models"]) == ["conv2in_w0.25", "resnet10", "densenet"]
+    found = report("--repeat", 2)
+    assert list(found["models"]) == ["conv2in_w0.25"]
+    assert [s["ipc_total"] for s in found["stages"]] == [2, 4, 6] and found["random"] and found["full"]
+    for extra, totals in ((["--new_only"], [2, 2, 2]), (["--last_only"], [6]), (["--same_compute", "True"], [2, 4, 6]),
+                          (["--slct_type", "random"], [2, 4, 6])):  # fmt: skip
+        found = report(*extra, *alone)
+        assert [s["ipc_total"] for s in found["stages"]] == totals and found["random"] is None
+
+
+both_formats = pytest.mark.parametrize("new_format", [True, False])
+
+
+@pytest.fixture
+def published(new_format, cifar_tree, run, tmp_path):
+    """Published files, and a function that evaluates them: (folder, function without arguments to (status, stderr))."""
+    folder = tmp_path / "published"
+    write_idc(folder, new_format)
+    words = ["--reproduce", "-d", "cifar10", "-f", 2, "--ipc", 2, "--override-load-dir", folder, "--num-intervals", 2,
+             "--epochs", 1, "--eval_models", "self", "--skip_full", "--data_dir", cifar_tree]  # fmt: skip
+    return folder, lambda: run(E, *words)
+
+
+@both_formats
+def test_published_files_are_read_as_they_are(published):
+    folder, evaluate = published
+    assert evaluate()[0] == 0
+    assert json.loads((folder / "report.json").read_text())["stages"][1]["ipc_total"] == 4
+
+
+@both_formats
+@pytest.mark.parametrize(
+    "index,tensor,words",
+    [
+        (0, torch.zeros(40, 3, 28, 28), "expected images 3x32x32 for CIFAR10, found 3x28x28"),
+        (0, torch.zeros(40, 1, 32, 32), "found 1x32x32"),
+        (0, torch.zeros(39, 3, 32, 32), r"expected \[images"),
+        (1, torch.zeros(40, 1).long(), r"expected \[images"),
+    ],
+)
+def test_published_files_of_another_shape_are_named(index, tensor, words, new_format, published):
+    folder, evaluate = published
+    path = folder / "interval_1_data.pt"
+    value = torch.load(path, weights_only=True)
+    value[index] = tensor
+    torch.save(value, path, _use_new_zipfile_serialization=new_format)
+    status, message = evaluate()
+    assert status == 2 and re.search(words, message), message
+    assert message.splitlines()[-1].startswith(f"error: {path}: ")
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        ("-d digits", "--ipc: expected the number of images"),
+        ("-d digits --ipc 0", "expected a whole number >= 1"),
+        ("-d digits --ipc 3 -f 9", "larger than the images of 8 pixels"),
+        ("-d digits --ipc 5000", "class '0' of Digits: expected at least 5000 training images"),
+        ("-d digits --ipc 1 --num-intervals 2 --start-interval 2", "expected less than --num-intervals 2"),
+        ("-d digits --ipc 1 --start-interval 1", "found no file"),
+        ("-d digits --ipc 1 --pt_from 3", "expected a pretrained network"),
+        ("-d digits --ipc 1 --metric l3", "invalid choice"),
+        ("-d imagenet --ipc 1 --nclass 30", "expected 10 or 100"),
+        ("-d cifar10 --ipc 1 --data_dir /nowhere/x", "/nowhere/x"),
+        ("-d digits --ipc 1 -n resnet --depth 11", "depth 11"),
+    ],
+)
+def test_mistakes_on_the_command_line(words, message, run, tmp_path):
+    status, found = run(D, *words.split(), "--results", tmp_path)
+    assert status == 2 and message in found and found.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_infinite_losses_stop_the_run_and_keep_the_last_good_files(distilled, run, tmp_path):
+    for path in distilled.glob("interval_0*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = files_of(tmp_path)
+    status, message = run(D, *SHORT, "--lr_img", "1e38", "--override-save-dir", tmp_path, "--start-interval", 1)
+    assert status == 2 and re.search(r"stage 2, outer iteration \d.* lower --lr_img", message.splitlines()[-1])
+    assert {k: files_of(tmp_path)[k] for k in before} == before
+    assert not (tmp_path / "interval_1_data.pt").exists()
+
+
+def test_a_folder_of_another_run_is_refused(distilled, run):
+    status, message = run(D, *SHORT, "--results", distilled.parent.parent, "--seed", 3)
+    assert status == 2 and "seed 0 there, 3 now" in message
+
+
+def test_pools_and_batches_of_transition_networks(distilled, run, tmp_path):
+    words = [*SHORT, "--num-intervals", 2, "--override-save-dir"]
+    assert run(D, *words, tmp_path / "two", "--transition_batch", 2)[0] == 0
+    assert run(D, *words, tmp_path / "pool", "--transition_pool", 1)[0] == 0
+    one, two, pool = ((f / "interval_1_data.pt").read_bytes() for f in (distilled, tmp_path / "two", tmp_path / "pool"))
+    assert one == two and one != pool

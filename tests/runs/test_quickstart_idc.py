@@ -1,0 +1,7 @@
+"""The README's quickstart of PDD+IDC, run as it stands there; about two minutes."""
+
+from tests.support import quickstart
+
+
+def test_distilled_digits_teach_more_than_random_ones(tmp_path):
+    quickstart.check("quickstart_idc.sh", "conv2in_w0.25", tmp_path)

@@ -1,0 +1,339 @@
+import fcntl
+import json
+import os
+import pickle
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import make_tree
+from tests.support import formats
+from utils.data import class_folders, datasets
+from utils.data.info import changes, pixel_fingerprint
+from utils.run.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def test_digits_are_split_in_a_fixed_stratified_way():
+    first, second = datasets.read("Digits", ""), datasets.read("Digits", "")
+    assert first.train_images.shape == (1437, 1, 8, 8) and first.test_images.shape == (360, 1, 8, 8)
+    assert np.array_equal(first.train_images, second.train_images)
+    counts = np.bincount(first.test_labels)
+    assert counts.min() >= 34 and counts.max() <= 37
+    real = datasets.load("Digits", "", CPU)
+    images = real.train.batch(slice(None))[0]
+    assert abs(float(images.mean())) < 1e-3 and abs(float(images.std()) - 1) < 1e-3
+
+
+def test_class_folders_are_decoded_once_and_cached(cifar_tree, monkeypatch):
+    first = datasets.load("CIFAR10", cifar_tree, CPU)
+    assert first.info.class_names[0] == "airplane" and first.info.class_names[9] == "truck"
+    assert len(first.train) == 120 and len(first.test) == 20
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(cifar_tree / "train" / "automobile" / "0003.png")).transpose(2, 0, 1)
+    assert np.array_equal(first.train.images[12 + 3].numpy(), pixels)
+    monkeypatch.setattr(class_folders, "_decode_into_cache", None)  # a second start must not decode
+    second = datasets.load("CIFAR10", cifar_tree, CPU)
+    assert torch.equal(first.train.images, second.train.images) and torch.equal(first.test.labels, second.test.labels)
+
+
+def test_a_changed_tree_is_decoded_again(tmp_path):
+    tree = make_tree(tmp_path / "t", [f"class{n}" for n in range(10)], 2, 1)
+    before = datasets.read("CIFAR10", tree).train_images.copy()
+    (tree / "train" / "class0" / "0001.png").write_bytes((tree / "train" / "class1" / "0001.png").read_bytes())
+    after = datasets.read("CIFAR10", tree).train_images
+    assert not np.array_equal(before[1], after[1]) and np.array_equal(after[1], after[3])
+
+
+def test_what_killed_decodings_left_is_removed(tmp_path):
+    tree = make_tree(tmp_path / "t", [f"class{n}" for n in range(10)], 2, 1)
+    dead, other = (tree / class_folders.CACHE / name for name in ("CIFAR10.1.tmp", "ImageNet-x-64.2.tmp"))
+    for folder in (dead, other):
+        folder.mkdir(parents=True)
+        (folder / "train_images.npy").write_bytes(b"half")
+    datasets.read("CIFAR10", tree)
+    assert sorted(path.name for path in dead.parent.iterdir()) == ["CIFAR10", other.name]
+
+
+def test_a_second_process_waits_for_the_first_ones_cache(tmp_path, monkeypatch):
+    tree = make_tree(tmp_path / "t", [f"class{n}" for n in range(10)], 2, 1)
+    cache, copy = tree / class_folders.CACHE, tmp_path / "copy"
+    expected = np.array(datasets.read("CIFAR10", tree).train_images)
+    cache.rename(copy)
+    cache.mkdir()
+    handle, lock = os.open(cache, os.O_RDONLY), fcntl.flock
+    lock(handle, fcntl.LOCK_EX)
+    asked, found = threading.Event(), []
+    monkeypatch.setattr(fcntl, "flock", lambda *arguments: (asked.set(), lock(*arguments)))
+    waiting = threading.Thread(target=lambda: found.append(datasets.read("CIFAR10", tree).train_images), daemon=True)
+    try:
+        waiting.start()
+        assert asked.wait(60) and not found and not list(cache.iterdir())
+        marked = np.load(copy / "CIFAR10" / "train_images.npy", mmap_mode="r+")
+        marked[0, 0, 0, 0] ^= 1  # shows that the cache was read, not the images
+        marked.flush()
+        (copy / "CIFAR10").rename(cache / "CIFAR10")
+    finally:
+        os.close(handle)
+    waiting.join(60)
+    assert np.argwhere(found[0] != expected).tolist() == [[0, 0, 0, 0]]
+
+
+def test_a_read_only_tree_works_without_a_cache(tmp_path, monkeypatch, capsys):
+    tree = make_tree(tmp_path / "t", [f"class{n}" for n in range(10)], 2, 1)
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    cached = datasets.read("CIFAR10", tree)
+    shutil.rmtree(tree / class_folders.CACHE)
+    monkeypatch.setattr(class_folders, "_decode_into_cache", refuse)
+    found = datasets.read("CIFAR10", tree)
+    assert np.array_equal(found.train_images, cached.train_images)
+    assert np.array_equal(found.test_labels, cached.test_labels)
+    assert "nothing cached" in capsys.readouterr().err
+
+
+@pytest.fixture
+def md5(monkeypatch):
+    """torchvision takes the small files of `formats` for those of the authors."""
+    formats.accept_written(monkeypatch)
+
+
+def test_many_workers_decode_what_one_does(tmp_path, monkeypatch):
+    tree = formats.write_mixed(tmp_path / "t", ["cat", "dog"])
+    alone = datasets.read("folder", tree, res=24)
+    shutil.rmtree(tree / class_folders.CACHE)
+    monkeypatch.setattr("utils.data.decoding.BATCH", 5)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    found = datasets.read("folder", tree, res=24)
+    assert torch.equal(torch.rand(1), expected)  # loading draws nothing from the global generator
+    assert np.array_equal(found.train_images, alone.train_images) and found.info == alone.info
+    paths = sorted((tree / "train" / "dog").iterdir())
+    for path in paths[2:4]:
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=f"^{paths[2]}: expected an image"):
+        datasets.read("folder", tree, res=24)
+
+
+def test_cifar10_in_its_authors_format(tmp_path, md5):
+    folder = formats.write_cifar(tmp_path)
+    for path in (tmp_path, folder):
+        found = datasets.read("CIFAR10", path)
+        assert found.train_images.shape == (100, 3, 32, 32) and found.info.class_names[3] == "name3"
+    batch = pickle.loads((folder / "data_batch_2").read_bytes())
+    assert np.array_equal(found.train_images[20].reshape(-1), batch["data"][0])
+    assert found.train_labels[20:25].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_cifar100_in_its_authors_format(tmp_path, md5):
+    formats.write_cifar(tmp_path, "CIFAR100", 200)
+    found = datasets.read("CIFAR100", tmp_path)
+    assert len(found.info.class_names) == 100 and found.test_labels[:3].tolist() == [0, 1, 2]
+
+
+class Malice:
+    def __reduce__(self):
+        return (print, ("code of the file ran",))
+
+
+@pytest.mark.parametrize("file", ["data_batch_1", "test_batch", "batches.meta"])
+def test_foreign_pickles_are_refused_before_they_are_unpickled(file, tmp_path, md5, capsys):
+    folder = formats.write_cifar(tmp_path)
+    (folder / file).write_bytes(pickle.dumps(Malice()))
+    with pytest.raises(
+        UserError, match=f"{file}: expected the file with MD5 [0-9a-f]*, found a damaged or foreign one"
+    ):
+        datasets.read("CIFAR10", tmp_path)
+    assert "code of the file ran" not in capsys.readouterr().out
+    pickle.loads((folder / file).read_bytes())
+    assert "code of the file ran" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "batch,words",
+    [
+        ({"data": np.zeros((2, 3072), dtype=np.uint8), "labels": [0, 1]},
+         "expected test files .*2 classes instead of 10"),
+        ({"labels": [1]}, "expected test files of CIFAR10"),
+        ({"data": np.zeros((10, 3072)), "labels": [*range(10)]}, "expected test files .* of float64"),
+    ],
+)  # fmt: skip
+def test_foreign_contents_of_authors_files(batch, words, tmp_path, md5):
+    folder = formats.write_cifar(tmp_path)
+    formats.write_bytes(folder / "test_batch", pickle.dumps(batch))
+    with pytest.raises(UserError, match=words):
+        datasets.read("CIFAR10", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name,inside", [("CIFAR10", ""), ("CIFAR10", "cifar-10-batches-py"), ("MNIST", ""), ("SVHN", "")]
+)
+def test_a_failed_download_leaves_nothing(name, inside, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no route to host")
+
+    for module in ("cifar.download_and_extract_archive", "mnist.download_and_extract_archive", "svhn.download_url"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}", fail)
+    with pytest.raises(UserError, match=f"{name} is not in {tmp_path / 'data'} .*no route to host.*--data_path"):
+        datasets.read(name, tmp_path / "data" / inside)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "damage,words",
+    [
+        (lambda t: (t / "train/class3/0000.png").write_bytes(b"no image"), "class3/0000.png: expected an image"),
+        (lambda t: (t / "train/class3/0000.png").write_bytes((t / "train/class3/0000.png").read_bytes()[:900]),
+         "expected an image, found a damaged"),
+        (lambda t: [p.unlink() for p in (t / "train/class3").iterdir()], "class3: expected images"),
+        (lambda t: (t / "train/class10").mkdir(), "expected 10 class folders for CIFAR10, found 11|expected images"),
+        (lambda t: [p.unlink() for p in (t / "test/class2").iterdir()], "class2: expected images"),
+        (lambda t: (t / "test").rename(t / "elsewhere"), "expected a folder test or val"),
+        (lambda t: shutil.rmtree(t / "test/class2"), "test: expected the classes of train in test, found no class2"),
+        (lambda t: [shutil.rmtree(p) for p in (t / "test").iterdir()],
+         "test: expected the classes of train in test, found no class0"),
+        (lambda t: (t / "test/class10").mkdir(), "test/class10: expected the same classes as in .*train"),
+    ],
+)  # fmt: skip
+def test_damaged_class_folders_are_named(tmp_path, damage, words):
+    tree = make_tree(tmp_path / "t", [f"class{n}" for n in range(10)], 2, 1)
+    damage(tree)
+    with pytest.raises(UserError, match=words):
+        datasets.read("CIFAR10", tree)
+
+
+def test_images_of_another_size_are_refused(tmp_path):
+    tree = make_tree(tmp_path / "t", [f"class{n}" for n in range(10)], 1, 1, size=28)
+    with pytest.raises(UserError, match="expected 32x32 pixels, found 28x28"):
+        datasets.read("CIFAR10", tree)
+
+
+@pytest.mark.parametrize("sorted_val", [True, False])
+def test_tiny_imagenet_as_downloaded_and_sorted(tmp_path, sorted_val):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    names = [f"n{n:08d}" for n in range(200)]
+    lines = []
+    for label, name in enumerate(names):
+        (tmp_path / "train" / name / "images").mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+            tmp_path / "train" / name / "images" / f"{name}_0.JPEG"
+        )
+        where = tmp_path / "val" / (name if sorted_val else "images")
+        where.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (label, 0, 0)).save(where / f"val_{199 - label}.JPEG", quality=100)
+        lines.append(f"val_{199 - label}.JPEG\t{name}\t0\t0\t62\t62\n")
+    if not sorted_val:
+        (tmp_path / "val" / "val_annotations.txt").write_text("".join(lines))
+    (tmp_path / "test" / "images").mkdir(parents=True)  # without labels, as downloaded
+    found = datasets.read("Tiny", tmp_path)
+    assert found.train_images.shape == (200, 3, 64, 64)
+    for image, label in zip(found.test_images, found.test_labels, strict=True):
+        assert abs(int(image[0, 5, 5]) - label) <= 3
+
+
+def test_zca_whitens_is_inverted_and_cached(cifar_tree, monkeypatch):
+    real = datasets.load("CIFAR10", cifar_tree, CPU, whiten=True)
+    pixels = datasets.read("CIFAR10", cifar_tree).train_images
+    restored = real.info.to_pixels(real.train.images)
+    torch.testing.assert_close(restored, torch.from_numpy(pixels / 255).float(), rtol=0, atol=2e-3)
+    flat = torch.from_numpy(pixels.reshape(len(pixels), -1) / 255)
+    centred = flat - flat.mean(0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred / (len(flat) - 1))
+    expected = centred @ (vectors * (values.clamp(min=0) + 0.1).rsqrt()) @ vectors.T
+    torch.testing.assert_close(real.train.images.flatten(1).double(), expected, rtol=0, atol=2e-3)
+    monkeypatch.setattr(datasets.zca, "fit", None)
+    again = datasets.load("CIFAR10", cifar_tree, CPU, whiten=True)
+    assert torch.equal(again.train.images, real.train.images)
+
+
+def test_more_images_than_a_class_has():
+    real = datasets.load("Digits", "", CPU)
+    with pytest.raises(UserError, match="lower --ipc"):
+        real.random_indices(0, 2000, np.random.default_rng(0))
+
+
+def test_own_folders_without_train(tmp_path):
+    make_tree(tmp_path, ["cat", "dog"], 2, 1)
+    shutil.move(tmp_path / "train", tmp_path / "training")
+    with pytest.raises(UserError, match="expected train/<class>/… and test/<class>/… of folder, found no folder train"):
+        datasets.read("folder", tmp_path, res=32)
+
+
+def test_nested_folders_are_read_and_other_files_counted(tmp_path, capsys):
+    tree = make_tree(tmp_path / "t", ["cat", "dog"], 3, 1)
+    flat = datasets.read("folder", tree, res=32)
+    assert not capsys.readouterr().err
+    cat = tree / "train" / "cat"
+    (cat / "later" / "still").mkdir(parents=True)
+    (cat / "0002.png").rename(cat / "later" / "still" / "0000.png")
+    (cat / "later" / "back").symlink_to(cat)  # a circle
+    (cat / ".ipynb_checkpoints").mkdir()
+    shutil.copy(cat / "0000.png", cat / ".ipynb_checkpoints" / "0000.png")
+    (cat / "0009.gif").write_bytes(b"")
+    (tree / "test" / "dog" / "read.me").write_bytes(b"")
+    found = datasets.read("folder", tree, res=32)
+    assert np.array_equal(found.train_images, flat.train_images) and np.array_equal(
+        found.train_labels, flat.train_labels
+    )
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith(f"note: 2 files in class folders are not used, such as {cat / '0009.gif'};")
+
+
+def fingerprint(tree):
+    """The fingerprint of class folders, as data.json keeps it."""
+    return json.loads(json.dumps(datasets.read("folder", tree, res=32).info.fingerprint))
+
+
+def test_fingerprint_of_class_folders(tmp_path):
+    tree = make_tree(tmp_path / "t", ["cat", "dog", "owl"], 6, 2)
+    before = fingerprint(tree)
+    assert before["train"]["cat"].startswith("6:") and before["test"]["owl"].startswith("2:")
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tree, moved, ignore=lambda *_: [class_folders.CACHE], copy_function=shutil.copyfile)
+    assert fingerprint(moved) == before  # other place, other times
+    (moved / "train/cat/0000.png").unlink()
+    with open(moved / "test/dog/0001.png", "ab") as file:
+        file.write(b"more")
+    (moved / "train/owl/0003.png").rename(moved / "train/owl/new.png")
+    said = "class 'cat': 6 train images, now 5; class 'dog': other files in test; class 'owl': other files in train"
+    assert changes(before, fingerprint(moved)) == said
+
+
+def test_fingerprint_of_pixels():
+    info = datasets.read("Digits", "").info
+    assert {name: value.split(":")[0] for name, value in info.fingerprint["test"].items()}["3"] == "37"
+    images, labels = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
+    other = images.copy()
+    other[3, 0, 1, 1] = 1
+    first, second = (pixel_fingerprint((x, labels, images, labels), ["a", "b"]) for x in (images, other))
+    assert changes(first, second) == "class 'b': other files in train"
+
+
+@pytest.mark.parametrize(
+    "now,words",
+    [
+        ({"cat": "120:a", "dog": "60:b"}, None),
+        ({"cat": "118:c", "dog": "60:b"}, "class 'cat': 120 train images, now 118"),
+        ({"cat": "120:c", "dog": "60:b"}, "class 'cat': other files in train"),
+        ({"dog": "60:b"}, "class 'cat' is gone"),
+        ({"cat": "120:a", "dog": "60:b", "owl": "1:d"}, "class 'owl' is new"),
+        ({"dog": "60:b", "cat": "120:a"}, "the classes are in another order"),
+        ({"a": "1:a", "b": "1:a", "c": "1:a"},
+         "class 'cat' is gone; class 'dog' is gone; class 'a' is new; and 2 more changes"),
+    ],
+)  # fmt: skip
+def test_changes_are_told_in_words(now, words):
+    before = {"train": {"cat": "120:a", "dog": "60:b"}, "test": dict.fromkeys(["cat", "dog"], "5:x")}
+    assert changes(before, {"train": now, "test": dict.fromkeys(now, "5:x")}) == words
+    assert changes(None, before) is None and changes(before, None) is None

@@ -1,0 +1,228 @@
+"""Several results in one table and in figures: python scripts/compare.py."""
+
+import csv
+import io
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scripts import compare as script
+from tests.conftest import EXPERIMENT, PROJECT, STAGES, files_of, run_script
+from utils.results import compare, figures, report
+from utils.run import errors
+
+IDC = shlex.split("-d digits --ipc 2 --niter 0.04 --inner_loop 2 --epochs 5 --net_epoch 1 --n_data 64")
+QUICK = ["--num_eval", 2, "--epoch_eval_train", 2, "--full_epochs", 1]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Returns a function that runs the command in this process: (exit status, stdout, stderr)."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
+        capsys.readouterr()
+        status = 0
+        try:
+            errors.run(script.main)
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, distilled, buffers):
+    """PDD+MTT of three stages, one-shot MTT and PDD+IDC of two stages, all on Digits and evaluated."""
+    root = tmp_path_factory.mktemp("results")
+    shutil.copytree(distilled, root / "Digits" / EXPERIMENT)
+    paths = ["--buffer_path", buffers, "--root_log_dir", root]
+    oneshot = [*STAGES, "--num_intervals", 1, "--ipc", 3, "--tag", "oneshot"]
+    run_script("distill_mtt.py", *oneshot, *paths, "--Iteration", 8, "--eval_it", 8, "--num_eval", 1,
+               "--override_epoch_eval_train", 1)  # fmt: skip
+    for words in ([*STAGES, "--num_experts", 3], [*oneshot, "--num_experts", 2]):
+        run_script("evaluate_mtt.py", *words, *QUICK, "--buffer_path", buffers, "--save_path", root)
+    idc = [*IDC, "--num-intervals", 2, "--batch_real", 8, "--results", root]
+    run_script("distill_idc.py", *idc, "--print-freq", 1)
+    run_script("evaluate_idc.py", *idc, "--epochs", 1, "--full_epochs", 1, "--repeat", 2, "--skip_random")
+    (of_idc,) = (root / "digits").iterdir()
+    return [root / "Digits" / EXPERIMENT, root / "Digits" / (EXPERIMENT.replace("ipc1", "ipc3") + "_oneshot"), of_idc]
+
+
+def test_the_table_holds_every_number_of_the_reports(folders, tmp_path):
+    words = [sys.executable, "scripts/compare.py", *folders, "--out", tmp_path / "out"]
+    done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, check=True)
+    reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
+    with open(tmp_path / "out" / "report.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = []
+    for number, (found, method, counts) in enumerate(
+        zip(reports, ("PDD+MTT", "MTT one-shot", "PDD+IDC"), ((3, 2), (2, 2), (2, 2)), strict=True), 1
+    ):
+        last = str(found["stages"][-1]["ipc_total"])
+        for row in found["stages"]:
+            expected.append(
+                (number, method, str(row["ipc_total"]), row["accuracy_mean"], row["accuracy_std"], counts[0])
+            )
+        for kind, ipc, count in (("random", last, counts[1]), ("full", "all", 1)):
+            if found[kind]:
+                expected.append((number, "none", ipc, found[kind]["accuracy_mean"], found[kind]["accuracy_std"], count))
+    keys = ("result", "method", "images per class", "accuracy", "std", "networks")
+    kinds = (int, str, str, float, float, int)
+    assert [tuple(kind(row[key]) for kind, key in zip(kinds, keys, strict=True)) for row in rows] == expected
+    assert {row["folder"] for row in rows} == set(map(str, folders)) and {row["data set"] for row in rows} == {"Digits"}
+    assert reports[2]["random"] is None
+
+    assert (tmp_path / "out" / "report.md").read_text() == done.stdout
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 + len(rows) + 1 + len(folders)
+    first = reports[0]["stages"][0]
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    accuracy = f"{first['accuracy_mean']:.2f} ± {first['accuracy_std']:.2f}"
+    assert cells == ["1", "Digits", "PDD+MTT", "ConvNetW32", "stage 1-1", "1", accuracy, "3"]
+    assert lines[-1] == f"3. {folders[2]}"
+    figures_made = {path.name for path in (tmp_path / "out").glob("*.png")}
+    names = {"accuracy_stage", "accuracy_ipc", "loss", "syn_lr", "images_1", "images_2", "images_3"}
+    assert figures_made == {f"{name}.png" for name in names}
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_reports_of_earlier_versions_do_not_count_their_networks(number, folders, tmp_path):
+    expected = compare.rows([compare.read(folders[number])])
+    found = json.loads((folders[number] / "report.json").read_text())
+    for result in (found, *found["models"].values()):
+        for row in (*result["stages"], result["random"], result["full"]):
+            if row:
+                del row["networks"]
+    (tmp_path / "report.json").write_text(json.dumps(found))
+    assert compare.rows([compare.read(tmp_path)]) == expected and all(row[-1] >= 1 for row in expected)
+    columns = [line.split() for line in report.table(found).splitlines()]
+    assert [line[-1] for line in columns[2 : 2 + len(expected)]] == [str(row[-1]) for row in expected]
+
+
+def test_tables_without_unicode(folders, monkeypatch):
+    found = json.loads((folders[0] / "report.json").read_text())
+    assert " ± " in report.table(found)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert " +/- " in report.table(found) and report.table(found).isascii()
+
+
+def series(axis):
+    """Return {label: [(x, mean, lower end, upper end), …]} of the points with bars."""
+    found = {}
+    for container in axis.containers:
+        line, _, (bars,) = container
+        ends = [segment[:, 1] for segment in bars.get_segments()]
+        found[container.get_label()] = [(x, y, *end) for (x, y), end in zip(line.get_xydata(), ends, strict=True)]
+    return found
+
+
+def test_accuracies_are_drawn_where_they_were_measured(folders):
+    results = [compare.read(folder) for folder in folders]
+    axis = figures.accuracy_by_ipc(results).axes[0]
+    drawn = series(axis)
+    for label, result, rows in (
+        ("PDD+MTT, ConvNetW32, 3 × 1", results[0], results[0].report["stages"]),
+        ("MTT, ConvNetW32, one-shot", results[1], results[1].report["stages"]),
+        ("PDD+IDC, conv2in_w0.25, 2 × 2", results[2], results[2].report["stages"]),
+    ):
+        assert [point[0] for point in drawn[label]] == [row["ipc_total"] for row in result.report["stages"]]
+        for (_, y, low, high), row in zip(drawn[label], rows, strict=True):
+            mean, std = row["accuracy_mean"], row["accuracy_std"]
+            assert (y, low, high) == pytest.approx((mean, mean - std, mean + std))
+    random = [(x, y) for x, y, *_ in drawn["MTT, ConvNetW32, random real"]]
+    assert random == [(3, result.report["random"]["accuracy_mean"]) for result in results[:2]]
+    assert not any("IDC" in label and "random" in label for label in drawn)
+    levels = {line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "-."}
+    assert levels == {result.report["full"]["accuracy_mean"] for result in results}
+
+    axis = figures.accuracy_by_stage(results, figures.labels(results)).axes[0]
+    drawn = series(axis)
+    assert [x for x, *_ in drawn["1: Digits, PDD+MTT, ConvNetW32, 3 × 1"]] == [1, 2, 3]
+    (level,) = (line for line in axis.lines if line.get_label() == "2: Digits, MTT one-shot, ConvNetW32, 1 × 3")
+    assert level.get_ydata()[0] == results[1].report["stages"][0]["accuracy_mean"]
+
+
+def test_losses_and_learning_rates_are_those_of_the_logs(folders):
+    results = [compare.read(folder) for folder in folders]
+    for key, logged in (("loss", results), ("syn_lr", results[:2])):
+        assert [result.measured(key) for result in results] == [result in logged for result in results]
+        names = {str(number): result for number, result in enumerate(logged)}
+        for axis, result in zip(figures.curves(names, key, key, smooth=False).axes, logged, strict=True):
+            assert len(axis.lines) == result.report["config"]["num_intervals"]
+            for stage, line in enumerate(axis.lines, 1):
+                rows = [row for row in result.logs[stage] if key in row]
+                assert line.get_xydata().tolist() == [[row["iteration"], row[key]] for row in rows]
+
+
+def test_a_running_mean_stands_in_the_middle_of_its_values(folders):
+    result = compare.read(folders[0])
+    result.logs.clear()
+    result.logs[1] = [{"iteration": k, "loss": float(k)} for k in range(100)]
+    (axis,) = figures.curves({"x": result}, "loss", "loss", smooth=True).axes
+    across, mean = axis.lines[1].get_data()
+    assert len(mean) == 96 and np.abs(across - mean).max() < 1e-9
+
+
+def test_the_images_of_each_stage_are_its_own_subset(folders, tmp_path):
+    results = [compare.read(folder) for folder in folders]
+    for result in results:
+        assert list(result.images) == list(range(1, result.report["config"]["num_intervals"] + 1))
+    for stage, grid in results[0].images.items():
+        (folder,) = folders[0].glob(f"interval{stage}_*")
+        images = torch.load(folder / "images_best.pt", weights_only=True)[10 * (stage - 1) :]
+        report.save_grid(tmp_path / "grid.png", images * 0.3760 + 0.3054, torch.arange(10))
+        assert np.array_equal(grid, np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")))
+    for stage, grid in results[2].images.items():
+        images, labels = torch.load(folders[2] / f"interval_{stage - 1}_data.pt", weights_only=True)
+        newest = slice(stage - 1, None, stage)
+        report.save_grid(tmp_path / "grid.png", images[newest], labels[newest])
+        assert np.array_equal(grid, np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")))
+
+
+def test_a_report_alone_is_enough_for_the_table(folders, tmp_path, command):
+    (tmp_path / "alone").mkdir()
+    shutil.copy(folders[0] / "report.json", tmp_path / "alone")
+    status, printed, _ = command(tmp_path / "alone", "--out", tmp_path / "out")
+    assert status == 0 and "stage 1-3" in printed
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"accuracy_stage.png", "accuracy_ipc.png"}
+
+
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        (None, "expected the report of evaluate_mtt.py or evaluate_idc.py (report.json), found none; evaluate"),
+        ("{}", "found something else; evaluate the result again"),
+        ("[1]", "holding one object, found list"),
+        ('{"models": {', "expected the report of evaluate_mtt.py or evaluate_idc.py, found something else"),
+        ('{"models": {"a": {"stages": []}}, "config": {}}', "found something else; evaluate the result again"),
+    ],
+)
+def test_a_folder_without_a_report_is_one_line(content, words, folders, tmp_path, command):
+    (tmp_path / "bad").mkdir()
+    if content:
+        (tmp_path / "bad" / "report.json").write_text(content)
+    before = files_of(tmp_path)
+    status, printed, said = command(folders[0], tmp_path / "bad", "--out", tmp_path / "out")
+    assert status == 2 and printed == ""
+    assert len(said.splitlines()) == 1 and words in said and str(tmp_path / "bad") in said
+    assert files_of(tmp_path) == before
+
+
+def test_damaged_files_beside_the_report_are_one_line(folders, tmp_path, command):
+    shutil.copytree(folders[2], tmp_path / "copy")
+    (tmp_path / "copy" / "interval_0_metrics.jsonl").write_text('{"stage": 0, "ite')
+    status, _, said = command(tmp_path / "copy")
+    assert status == 2 and "expected one JSON object in each line" in said
+    (tmp_path / "copy" / "interval_0_metrics.jsonl").unlink()
+    next((tmp_path / "copy").glob("interval_1_img*.png")).write_bytes(b"\x89PNG")
+    status, _, said = command(tmp_path / "copy")
+    assert status == 2 and "expected an image, found a damaged file" in said

@@ -1,0 +1,160 @@
+import itertools
+
+import pytest
+
+from utils.results import names
+from utils.run import files
+from utils.run.errors import UserError
+
+MTT = {
+    "dataset": "CIFAR10",
+    "model": "ConvNet",
+    "eval_mode": "S",
+    "ipc": 2,
+    "max_start_epoch": 5,
+    "syn_steps": 50,
+    "expert_epochs": 2,
+    "lr_img": 1000.0,
+    "lr_lr": 1e-07,
+    "lr_teacher": 0.01,
+    "zca": True,
+    "tag": "",
+}
+
+
+@pytest.mark.parametrize(
+    "changes,name",
+    [
+        ({}, "CIFAR10_ConvNet_S_ipc2_max5_syn50_real2_img1000.0_1e-07_0.01_increase_zca"),
+        ({"tag": "x"}, "CIFAR10_ConvNet_S_ipc2_max5_syn50_real2_img1000.0_1e-07_0.01_increase_zca_x"),
+        (
+            {"dataset": "Tiny", "model": "ConvNetD4", "ipc": 10, "max_start_epoch": 20, "syn_steps": 20, "zca": False,
+             "lr_img": 10000.0, "lr_lr": 1e-04, "eval_mode": "M"},
+            "Tiny_ConvNetD4_M_ipc10_max20_syn20_real2_img10000.0_0.0001_0.01_increase",
+        ),
+    ],
+)  # fmt: skip
+def test_experiments_of_trajectory_matching(changes, name):
+    assert names.mtt_experiment(MTT | changes) == name
+
+
+def test_stages_of_trajectory_matching():
+    folders = [names.mtt_stage("e", stage, 3, 5).as_posix() for stage in (1, 2, 3)]
+    assert folders == ["e/interval1_epoch1-5", "e/interval2_epoch6-10", "e/interval3_epoch11-15"]
+    assert names.mtt_stage("e", 1, 1, 5).as_posix() == "e"
+
+
+def make_stages(experiment, *folders):
+    for folder in folders:
+        (experiment / folder).mkdir(parents=True)
+    return experiment
+
+
+def test_stages_are_found_whatever_options_made_them(tmp_path, capsys):
+    made = ["interval1_epoch1-5", "interval2_epoch9-20", "interval10_epoch1-2"]
+    experiment = make_stages(tmp_path / "e", *made, "interval3", "interval3_epoch", "old_interval3_epoch1-2")
+    assert names.mtt_stages(experiment) == {
+        1: [experiment / made[0]],
+        2: [experiment / made[1]],
+        10: [experiment / made[2]],
+    }
+    assert names.find_mtt_stages(experiment, 2) == [experiment / made[0], experiment / made[1]]
+    assert capsys.readouterr().err == f"note: {experiment}: --num_intervals 2 leaves out 1 more stages\n"
+    assert names.find_mtt_stages(experiment, 2, ["b", "a"]) == [experiment / "b", experiment / "a"]
+
+
+def test_a_single_stage_may_be_in_the_experiments_own_folder(tmp_path):
+    experiment = make_stages(tmp_path / "e")
+    experiment.mkdir()
+    (experiment / "images_best.pt").write_text("")
+    assert names.find_mtt_stages(experiment, 1) == [experiment]
+
+
+@pytest.mark.parametrize(
+    "folders,stages,given,words",
+    [
+        (None, 1, None, "expected the folder of a distillation, found none"),
+        (["interval1_epoch1-5"], 2, None, "expected one folder interval2_epoch…, found 0; check --num_intervals"),
+        (["interval1_epoch1-5", "interval1_epoch1-6"], 1, None, "expected one folder interval1_epoch…, found 2"),
+        (["a", "b"], 2, ["a"], "--override_interval_names: expected 2 names joined by dots (num_intervals), found 1"),
+    ],
+)
+def test_stages_that_cannot_be_found(folders, stages, given, words, tmp_path):
+    experiment = tmp_path / "e"
+    if folders:
+        make_stages(experiment, *folders)
+    with pytest.raises(UserError) as error:
+        names.find_mtt_stages(experiment, stages, given)
+    assert words in str(error.value)
+
+
+IDC = {  # the release's defaults
+    "net_type": "convnet", "depth": 3, "width": 1.0, "norm_type": "instance", "tag": "", "match": "grad", "bias": False,
+    "fc": False, "metric": "l1", "pt_from": -1, "pt_num": 1, "fix_iter": -1, "early": 0, "n_data": 500,
+    "inner_loop": 100, "mixup_net": "cut", "lr": 0.01, "weight_decay": 5e-4, "niter": 500, "factor": 1,
+    "decode_type": "single", "aug_type": "color_crop_cutout", "lr_img": 5e-3, "momentum": 0.9, "batch_real": 64,
+    "batch_syn_max": 128, "init": "random", "ipc": 10,
+}  # fmt: skip
+PACKED = {"tag": "progressive", "factor": 2, "init": "mix", "ipc": 2}
+CIFAR = PACKED | {"metric": "mse", "n_data": 2000, "niter": 2000}
+
+
+@pytest.mark.parametrize(
+    "changes,name",
+    [
+        (CIFAR, "conv3in_progressive_grad_mse_nd2000_cut_niter2000_factor2_lr0.005_mix_ipc2"),
+        (CIFAR | {"ipc": 10}, "conv3in_progressive_grad_mse_nd2000_cut_niter2000_factor2_lr0.005_mix_ipc10"),
+        (CIFAR | {"niter": 1000}, "conv3in_progressive_grad_mse_nd2000_cut_niter1000_factor2_lr0.005_mix_ipc2"),
+        (PACKED | {"metric": "mse"}, "conv3in_progressive_grad_mse_nd500_cut_factor2_lr0.005_mix_ipc2"),
+        (
+            PACKED | {"lr_img": 1e-4, "mixup_net": "vanilla", "aug_type": "color_crop"},
+            "conv3in_progressive_grad_l1_nd500_factor2_color_crop_lr0.0001_mix_ipc2",
+        ),
+        (
+            PACKED | {"net_type": "resnet_ap", "depth": 10, "early": 10, "factor": 3, "decode_type": "bound",
+                      "lr_img": 3e-3, "ipc": 20},
+            "resnet10apin_progressive_grad_l1_ely10_nd500_cut_factor3_bound_lr0.003_mix_ipc20",
+        ),
+        (
+            {"tag": "t", "match": "feat", "bias": True, "fc": True, "metric": "cos", "pt_from": 5, "pt_num": 3,
+             "fix_iter": 4, "early": 7, "inner_loop": 20, "lr": 0.1, "weight_decay": 1e-4, "niter": 0.5, "factor": 2,
+             "decode_type": "multi", "aug_type": "flip", "momentum": 0.5, "batch_real": 128, "batch_syn_max": 32},
+            "conv3in_t_feat_b_fc_cos_pt5_3_fix4_ely7_nd500_inloop20_cut_nlr0.1_wd0.0001_niter0.5_factor2_multi_flip_"
+            "lr0.005_mom0.5_b_real128_synmax32_random_ipc10",
+        ),
+    ],
+)  # fmt: skip
+def test_folders_of_gradient_matching(changes, name):
+    assert names.idc_folder(IDC | changes) == name
+
+
+def test_networks_in_folder_names_differ():
+    found = [
+        names.idc_model(IDC | {"net_type": kind, "depth": depth, "norm_type": norm, "width": width})
+        for kind, depth, norm, width in itertools.product(
+            ("convnet", "resnet", "resnet_ap"), (3, 10), ("instance", "batch", "sn", "none"), (1.0, 0.25)
+        )
+    ]
+    assert len(set(found)) == len(found)
+    assert {"conv3in", "conv3in_w0.25", "resnet10bn", "resnet10apin"} <= set(found)
+
+
+def test_summaries_of_stages(tmp_path):
+    assert names.read_mtt_stage(tmp_path) == names.read_idc_stage(tmp_path, 1) == {}
+    complete = {"select_on": "test", "best_accuracy": 50, "best_iteration": 3, "complete": True}
+    files.write_json(tmp_path / "stage.json", complete)
+    assert names.read_mtt_stage(tmp_path) == complete
+    assert names.idc_summary(tmp_path, 3) == tmp_path / "interval_2.json"
+    files.write_json(tmp_path / "interval_2.json", {"complete": True})
+    assert names.read_idc_stage(tmp_path, 3) == {"complete": True} and names.read_idc_stage(tmp_path, 2) == {}
+    for key in complete:
+        files.write_json(tmp_path / "stage.json", {name: value for name, value in complete.items() if name != key})
+        with pytest.raises(UserError, match=f'stage.json: expected the summary of a finished stage with "{key}"'):
+            names.read_mtt_stage(tmp_path)
+
+
+def test_what_accuracies_were_measured_on():
+    assert names.selection({"select_on": "test", "val_fraction": 0.1}) == {"select_on": "test"}
+    assert names.selection({"select_on": "val", "val_fraction": 0.1}) == {"select_on": "val", "val_fraction": 0.1}
+    assert names.selected_on([{"select_on": "val"}, {"select_on": "val"}]) == "val"
+    assert names.selected_on([{"select_on": "val"}, {}, {"select_on": "test"}]) == "test, unknown, val"

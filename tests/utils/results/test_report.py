@@ -1,0 +1,21 @@
+import torch
+from PIL import Image
+
+from utils.results import report
+
+
+def test_table_and_spread():
+    assert report.mean_std([1.0, 3.0]) == (2.0, 1.0)
+    rows = report.stage_rows([1, 2], [[10.0, 20.0], [12.0, 24.0]])
+    assert rows[1] == {"stage": 2, "ipc_total": 2, "accuracy_mean": 22.0, "accuracy_std": 2.0, "networks": 2}
+    text = report.table({"models": {"ConvNet": {"stages": rows, "random": None, "full": rows[0]}}})
+    assert "ConvNet stage 1-2 2 22.00 ± 2.00 2" in [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_grids_have_one_row_for_each_class(tmp_path):
+    pixels = torch.zeros(6, 3, 32, 32)
+    pixels[[1, 4]] = 1.0
+    report.save_grid(tmp_path / "grid.png", pixels, torch.tensor([0, 1, 2, 0, 1, 2]))
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.size == (2 * 66 + 2, 3 * 66 + 2)
+        assert image.getpixel((30, 66 + 30)) == (255, 255, 255) and image.getpixel((30, 30)) == (0, 0, 0)

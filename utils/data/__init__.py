@@ -1,0 +1,1 @@
+"""Real images in: one loader for every data set."""

@@ -1,0 +1,273 @@
+"""Command-line options: a parser whose refusals are one line, value types, and the options that scripts share.
+
+Names and defaults are those of the published code (MTT, IDC and PDD). An option is a row of a table:
+(names, type, default, help); the type is a function of the text, a tuple of choices, or FLAG.
+"""
+
+import argparse
+import math
+
+import networks
+
+from ..augment import OPERATIONS
+from ..run import distributed
+from ..run.errors import UserError
+from ..run.files import human_bytes
+from ..run.log import log0
+
+DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
+FEW_STEPS = 10  # of an epoch
+UNUSED = "accepted for old commands; not used"
+# Options that may change between a run and its continuation, because results do not depend on them.
+RESUMABLE_CHANGES = (
+    "device",
+    "wandb",
+    "checkpoint_minutes",
+    "dry_run",
+    # PDD+MTT
+    "data_path",
+    "buffer_path",
+    "root_log_dir",
+    "start_interval",
+    "load_all",
+    "override_experiment_path",
+    "save_dir",
+    "save_path",
+    "kept_steps",
+    "slice_size",
+    "compile",
+    # PDD+IDC
+    "data_dir",
+    "imagenet_dir",
+    "results",
+    "override_save_dir",
+    "override_load_dir",
+    "workers",
+    "print_freq",
+    "time",
+    "name",
+    "transition_batch",
+    "pretrain",
+    "phase",
+    "nclass_sub",
+)
+CONFIG_DEFAULTS = {"select_on": "test", "bf16": False}  # of options that folders of earlier versions do not name
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose help shows every default and whose refusals are one line with exit status 2."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=_Formatter)
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def _print_message(self, message, file=None):
+        if distributed.is_rank0():
+            super()._print_message(message, file)
+
+    def add_options(self, title, rows):
+        """Add a group of options from a table; a fifth column holds further arguments of `add_argument`."""
+        group = self.add_argument_group(title)
+        for names, kind, default, text, *more in rows:
+            if kind is FLAG:
+                settings = {"action": "store_true"}
+            elif isinstance(kind, tuple):
+                settings = {"choices": kind, "default": default}
+            else:
+                settings = {"type": kind, "default": default}
+            if kind is truth:
+                settings["metavar"] = "{True,False}"
+            group.add_argument(*names.split(), help=text, **settings, **(more[0] if more else {}))
+
+    def given(self):
+        """Return the options that stand on the command line, as a dict."""
+        defaults = [(action, action.default) for action in self._actions]
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        try:
+            return vars(self.parse_args())
+        finally:
+            for action, default in defaults:
+                action.default = default
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of descriptions and appends the default of each option that has one."""
+
+    def _get_help_string(self, action):
+        known = action.default in (None, "", -1) or "(default" in (action.help or "")
+        return action.help if known else super()._get_help_string(action)
+
+
+# Types ----------------------------------------------------------------------------------------------------------------
+
+FLAG = "flag"
+
+
+def number(kind, low=None, high=None, above=None):
+    """Return a parser of one int or float within bounds.
+
+    Args:
+        kind: int or float.
+        low: smallest allowed value.
+        high: largest allowed value.
+        above: the value must be larger than this.
+    """
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        wanted = "a whole number" if kind is int else "a number"
+        if low is not None:
+            wanted += f" >= {low}"
+        if above is not None:
+            wanted += f" > {above}"
+        if high is not None:
+            wanted += f" <= {high}"
+        wrong = not math.isfinite(value)
+        wrong = wrong or (low is not None and value < low) or (high is not None and value > high)
+        if wrong or (above is not None and value <= above):
+            raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, low=1)
+NATURAL = number(int, low=0)
+FROM_MINUS_ONE = number(int, low=-1)
+RATE = number(float, low=0.0)
+POSITIVE = number(float, above=0.0)
+FRACTION = number(float, low=0.0, high=1.0)
+
+
+def truth(text):
+    """Parse True or False, as the published scripts spell their switches."""
+    if str(text).lower() in ("true", "1", "yes"):
+        return True
+    if str(text).lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
+
+
+def network_name(text, known=tuple(networks.NAMES)):
+    """Parse the name of a network of the MTT family, in any case of its letters."""
+    if text in known:
+        return text
+    for name in known:
+        if name.lower() == text.lower():
+            return name
+    raise argparse.ArgumentTypeError(f"unknown network {text!r}; known: {', '.join(known)}")
+
+
+def network_list(text):
+    """Parse names of networks of both families joined by commas; `self` is the distillation's own."""
+    known = ("self", *networks.NAMES, *networks.IDC_NAMES)
+    return list(dict.fromkeys(network_name(name, known) for name in text.split(",")))
+
+
+def strategy(text):
+    """Parse a DSA strategy: names joined by underscores, or none."""
+    if text.lower() == "none" or all(name in OPERATIONS for name in text.lower().split("_")):
+        return text.lower()
+    raise argparse.ArgumentTypeError(f"expected names out of {', '.join(OPERATIONS)} joined by _, found {text!r}")
+
+
+# Tables that several scripts share ------------------------------------------------------------------------------------
+
+MACHINE = [
+    ("--device", str, "auto", "auto (cuda, then mps, then cpu) or a device name"),
+    ("--checkpoint_minutes", RATE, 10.0, "minutes between two saves of a learning loop's state"),
+    ("--dry_run", FLAG, False, "print options, inputs, outputs and sizes, then stop"),
+]
+SEED = [("--seed", NATURAL, 0, "seed of every random decision")]
+WANDB = [("--wandb", ("disabled", "online", "offline"), "disabled", "log to Weights & Biases")]
+
+SELECT_ON = [
+    (
+        "--select_on",
+        ("test", "val"),
+        "test",
+        "accuracies inside a stage: on the test set, as published, or on held-out training images",
+    ),
+    ("--val_fraction", FRACTION, 0.1, "share of the training images held out by --select_on val"),
+]
+
+EVAL_MODE = (
+    "networks to evaluate with: S the same, M many, W widths, D depths, A activations, P poolings, N normalisations, "
+    "C the same and ConvNet"
+)
+EVALUATION = [
+    (
+        "--eval_models",
+        network_list,
+        None,
+        "networks to evaluate with, joined by commas, instead of a pool: self (the distillation's own), "
+        f"{', '.join(networks.IDC_NAMES)}, or a name that --model of buffer_mtt.py knows",
+    ),
+    ("--skip_random", FLAG, False, "no row for random real images"),
+    ("--skip_full", FLAG, False, "no row for the full training set"),
+    ("--full_epochs", COUNT, 50, "epochs on the full training set"),
+    ("--full_networks", COUNT, 1, "networks trained on the full training set"),
+]
+
+# What the scripts do with these options -------------------------------------------------------------------------------
+
+
+def config_of(args):
+    """Return the options that results depend on, as a dict."""
+    return {name: value for name, value in vars(args).items() if name not in RESUMABLE_CHANGES}
+
+
+def held_out(args, real):
+    """Return `real` with the images held out that --select_on asks for."""
+    return real.held_out(args.val_fraction) if args.select_on == "val" else real
+
+
+def check_network(name, real):
+    """Build network `name` once for the images of `real`, to refuse impossible pairs before any work.
+
+    Raises:
+        UserError: the images are too small for it.
+    """
+    try:
+        networks.get_network(name, real.info.channel, real.info.num_classes, real.info.im_size)
+    except ValueError as error:
+        raise UserError(f"network {name} on {real.info.name}: {error}") from None
+
+
+def warn_of_few_images(real, batch_size=None, ipc=None):
+    """Say if an epoch has very few steps, or if the stages learn more images than a class has.
+
+    Args:
+        real: `RealData`.
+        batch_size: images of a minibatch of real ones; None to leave this out.
+        ipc: images of each class that all stages learn together; None to leave this out.
+    """
+    steps = -(-len(real.train) // batch_size) if batch_size else FEW_STEPS
+    if steps < FEW_STEPS:
+        log0(
+            f"warning: an epoch of {len(real.train)} images has {steps} steps: experts learn slowly and matching may "
+            "diverge; lower --batch_train (16, say), raise --train_epochs, and distil with --lr_lr 1e-06 --lr_img 100"
+        )
+    fewest = min(len(indices) for indices in real.class_indices)
+    if ipc and ipc > fewest:
+        log0(f"warning: the stages learn {ipc} images of each class, more than the {fewest} real ones that a class has")
+
+
+def dry_run(args, inputs, output, size):
+    """Return in lines what a run would do.
+
+    Args:
+        args: namespace of the resolved options.
+        inputs: {what: path} that the run reads.
+        output: folder it writes.
+        size: `sizes.Size`.
+    """
+    lines = [f"option  {name} = {value}" for name, value in vars(args).items()]
+    lines += [f"input   {what}: {path}" for what, path in inputs.items()]
+    return "\n".join([*lines, f"output  {output}", f"steps   {size.steps}", f"disk    {human_bytes(size.disk)}"])

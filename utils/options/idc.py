@@ -1,0 +1,334 @@
+"""The options of PDD+IDC: their table, the `--reproduce` presets, and settings derived from the data set.
+
+An option given on the command line wins over derived settings, these over presets, presets over defaults.
+"""
+
+from pathlib import Path
+
+import networks
+
+from ..augment import DSA, without
+from ..data import datasets, info
+from ..gradient_matching import METRICS
+from ..results import names
+from ..run.errors import UserError
+from ..training import TrainConfig
+from . import (
+    COUNT,
+    DSA_STRATEGY,
+    FLAG,
+    FRACTION,
+    FROM_MINUS_ONE,
+    NATURAL,
+    POSITIVE,
+    RATE,
+    SEED,
+    UNUSED,
+    WANDB,
+    strategy,
+    truth,
+)
+
+# --reproduce: what each data set sets besides PRESET_ALL.
+PRESET_ALL = {"n_data": 500, "net_type": "convnet", "depth": 3}
+PRESETS = {
+    "cifar10": {"metric": "mse", "lr_img": 5e-3, "n_data": 2000},
+    "cifar100": {"metric": "mse", "lr_img": 5e-3, "n_data": 2000},
+    "svhn": {"metric": "mse", "lr_img": 5e-3},
+    "mnist": {"metric": "l1", "lr_img": 1e-4},
+    "fashion": {"metric": "l1", "lr_img": 1e-4},
+    "imagenet": {"net_type": "resnet_ap", "depth": 10},
+}
+# The bundled digits are no data set of the paper: these settings are this project's, with or without --reproduce.
+DIGITS = {"depth": 2, "width": 0.25, "metric": "mse", "lr_img": 0.05, "n_data": 500, "inner_loop": 10, "niter": 2}
+
+SMALL = ("mnist", "fashion", "svhn", "cifar10", "cifar100", "digits")
+SIZED = ("imagenet", "folder")  # brought to --size pixels
+BASE_SIZE = {"mnist": 28, "imagenet": 224, "digits": 8}  # of the scaling of lr_img; 32 for the others
+LARGE_IMAGES = 64  # own images above this many pixels are treated like ImageNet's, others like CIFAR's
+
+
+def niter(text):
+    """Parse --niter: a number > 0, whole if it is (folder names hold it); fractions make runs shorter than 1."""
+    value = POSITIVE(text)
+    return int(value) if value == int(value) else value
+
+
+def add_options(parser, start_interval):
+    """Declare the options that distillation and evaluation share; `start_interval` is the help of --start-interval."""
+    for title, rows in tables(start_interval).items():
+        parser.add_options(title, rows)
+
+
+def tables(start_interval):
+    """Return the options as {group: table}."""
+    return {
+        "data": [
+            ("-d --dataset", tuple(info.IDC_NAMES), "cifar10", "data set; folder: your own images"),
+            ("--data_dir", str, "data", "folder of the data set; downloaded there if possible"),
+            ("--imagenet_dir", str, "data/imagenet", "folder of ImageNet"),
+            ("--nclass", COUNT, 10, "classes of imagenet: 10 or 100 of the published list"),
+            ("--dseed", NATURAL, 0, UNUSED),
+            ("--size", COUNT, 224, f"pixels of imagenet and of own images (folder: {datasets.RES})"),
+            ("-l --load_memory", truth, True, f"{UNUSED}: data stay in memory"),
+            ("-j --workers", NATURAL, 8, f"{UNUSED}: there are no loaders"),
+        ],
+        "network": [
+            ("-n --net_type", ("resnet", "resnet_ap", "convnet"), "convnet", "network"),
+            ("--norm_type", ("batch", "instance", "sn", "none"), "instance", "its normalisation"),
+            ("--depth", COUNT, 10, "its depth (convnet: 3)"),
+            ("--width", POSITIVE, 1.0, "factor on its channels"),
+        ],
+        "training of networks": [
+            (
+                "--epochs",
+                COUNT,
+                300,
+                "epochs on each union, of which a transition takes a fifth (default: distill_idc.py 1000, on imagenet "
+                "3000 to 200, fewer for more images; evaluate_idc.py 500, with --last_only or --new_only 1000)",
+            ),
+            ("--batch_size", COUNT, 64, "images in a minibatch"),
+            ("--lr", POSITIVE, 0.01, "learning rate"),
+            ("--momentum", RATE, 0.9, "momentum"),
+            ("--weight-decay --wd", RATE, 5e-4, "weight decay"),
+            ("--mixup", ("vanilla", "cut"), "cut", "cut: CutMix on synthetic images; vanilla: none"),
+            ("--mixup_net", ("vanilla", "cut"), "cut", "the same on real images"),
+            ("--beta", POSITIVE, 1.0, "CutMix: lambda is drawn from Beta(beta, beta)"),
+            ("--mix_p", FRACTION, 1.0, "CutMix: probability (0.5 for images up to 32 pixels)"),
+            ("--dsa", truth, False, "DSA when training on synthetic images (True for those up to 32 pixels)"),
+            ("--dsa_strategy", strategy, DSA_STRATEGY, "its entries, joined by _, or none"),
+            ("--rrc", truth, True, "random resized crops if DSA is off"),
+        ],
+        "synthetic images": [
+            (
+                "-i --ipc",
+                COUNT,
+                -1,
+                "images of each class that every stage learns; needed unless --override-load-dir is read",
+            ),
+            ("-f --factor", COUNT, 1, "images on each side of one synthetic image (multi-formation)"),
+            ("--decode_type", ("single", "multi", "bound"), "single", "how images are decoded"),
+            ("--init", ("random", "noise", "mix"), "random", "what new images start from (mix if factor > 1)"),
+            ("--num-intervals", COUNT, 5, "stages P"),
+            ("--start-interval", NATURAL, 0, start_interval),
+        ],
+        "matching": [
+            ("-a --aug_type", strategy, "color_crop_cutout", "DSA of a pair of batches"),
+            ("--match", ("feat", "grad"), "grad", "what is matched"),
+            ("--metric", METRICS, "l1", "distance"),
+            ("--bias", truth, False, "match gradients of biases and normalisations, too"),
+            ("--fc", truth, False, "match gradients of linear layers, too"),
+            ("--f_idx", NATURAL, 4, "block whose features are matched; the last if there are fewer"),
+            (
+                "--niter",
+                niter,
+                500,
+                "length of a stage: niter x 100 sweeps, inner_loop of them in each outer iteration",
+            ),
+            ("--inner_loop", COUNT, 100, "sweeps over the classes in one outer iteration"),
+            ("--early", NATURAL, 0, "real epochs of a network before its first sweep"),
+            ("--fix_iter", FROM_MINUS_ONE, -1, "outer iterations with one network (-1: one)"),
+            ("--net_epoch", NATURAL, 1, "epochs on real images after each sweep"),
+            ("--n_data", COUNT, 500, "real images of these epochs"),
+            ("--pt_from", FROM_MINUS_ONE, -1, "start from networks pretrained for so many epochs (-1: from new ones)"),
+            ("--pt_num", COUNT, 1, "number of pretrained networks"),
+            ("--batch_real", COUNT, 64, "real images of a class in one match"),
+            ("--batch_syn_max", COUNT, 128, "decoded images of a class in one match, at most"),
+            (
+                "--lr_img",
+                POSITIVE,
+                5e-3,
+                "learning rate of the images, scaled by ipc / 10 and (size / 32)^2; 224 instead of 32 for imagenet",
+            ),
+            ("--mom_img", FRACTION, 0.5, "momentum of the images"),
+            ("--reproduce", FLAG, False, "the release's settings for this data set"),
+            *SEED,
+        ],
+        "output": [
+            ("--tag", str, "", "put into the folder's name after the network"),
+            ("--name", str, "", "name of the folder in results/{dataset}, instead of the one that options give"),
+            ("--results", str, "results", "root folder of the results"),
+            ("--override-save-dir", str, None, "the folder to write to, itself"),
+            ("--override-load-dir", str, None, "the folder to read from, itself"),
+            ("-s --slct_type", ("idc", "random"), "idc", "train on distilled or random images"),
+            ("--repeat", COUNT, 1, "networks of an evaluation"),
+            ("--save_ckpt", truth, False, "save the networks of the evaluation"),
+            ("-p --print-freq", COUNT, 10, "outer iterations between two rows of the log"),
+            # Published: each of several commands learned nclass_sub classes, with networks that knew no others.
+            ("--phase", FROM_MINUS_ONE, -1, f"{UNUSED}: torchrun spreads the classes of one command over processes"),
+            ("--nclass_sub", FROM_MINUS_ONE, -1, f"{UNUSED}: torchrun spreads the classes of one command"),
+            ("--test", FLAG, False, "evaluate the initial images, too"),
+            ("--time", FLAG, False, "print the seconds of each outer iteration"),
+            *WANDB,
+        ],
+    }
+
+
+def resolve(parser):
+    """Parse the command line; returns the namespace with presets and derived settings in it.
+
+    `lr_img` is as given, `lr_img_scaled` what the optimiser uses, `size` the pixels, `nclass` the classes and `data`
+    the data set's name in utils/data.
+    """
+    args, given = parser.parse_args(), parser.given()
+    if args.ipc < 1 and not args.override_load_dir:
+        parser.error("--ipc: expected the number of images that every stage learns, found none")
+
+    def derive(**settings):
+        vars(args).update({name: value for name, value in settings.items() if name not in given})
+
+    dataset = args.dataset
+    args.data = info.IDC_NAMES[dataset]
+    if dataset == "folder":
+        derive(size=datasets.RES)
+    elif dataset != "imagenet":
+        args.size = info.KNOWN[args.data].im_size
+    if dataset != "imagenet":
+        args.nclass = info.KNOWN[args.data].num_classes if args.data in info.KNOWN else 10
+    elif args.nclass not in (10, 100):
+        parser.error(f"--nclass: expected 10 or 100, found {args.nclass}")
+    many = args.nclass >= 100
+
+    if args.reproduce:
+        _apply_presets(args, derive, many)
+    if dataset == "digits":
+        derive(**DIGITS)
+    if args.factor > 1:
+        derive(init="mix")
+    if dataset in SMALL:
+        derive(mix_p=0.5, dsa=True)
+    if dataset in ("svhn", "mnist"):
+        derive(dsa_strategy=without(args.dsa_strategy, "flip"))
+    if args.mixup == "cut":
+        derive(dsa_strategy=without(args.dsa_strategy, "cutout"))
+    if dataset in ("imagenet", "tiny-imagenet") and args.net_type == "convnet":
+        derive(net_type="resnet_ap", depth=10)
+    if args.net_type == "convnet" and args.depth > 4:
+        derive(depth=3)
+    if dataset in ("imagenet", "tiny-imagenet") and many:
+        derive(lr=0.1, weight_decay=1e-4)
+        derive(batch_size=max(args.batch_size, 128), batch_real=max(args.batch_real, 128))
+    derive(epochs=evaluation_epochs(dataset, args.factor**2 * args.ipc, many))
+    args.lr_img_scaled = args.lr_img * (args.ipc / 10) * (args.size / base_size(dataset, args.size)) ** 2
+    if args.factor > args.size:
+        parser.error(f"--factor {args.factor}: larger than the images of {args.size} pixels")
+    return args
+
+
+def _apply_presets(args, derive, many):
+    """Apply --reproduce."""
+    preset = PRESETS.get(args.dataset, {})
+    derive(**PRESET_ALL | preset)
+    if args.dataset == "svhn" and args.factor == 1 and args.ipc == 1:
+        derive(mixup="vanilla", dsa_strategy=without(args.dsa_strategy, "flip"))
+    if args.dataset == "mnist" and args.factor > 1:
+        derive(aug_type="color_crop", mixup="vanilla", mixup_net="vanilla", dsa_strategy="color_crop_scale_rotate")
+    if args.dataset == "imagenet":
+        derive(**({"metric": "l1", "lr_img": 1e-3} if many else {"metric": "l1", "lr_img": 3e-3, "early": 10}))
+        if args.factor >= 3 and args.ipc >= 20:
+            derive(decode_type="bound")
+
+
+def base_size(dataset, size):
+    """Return the pixels that lr_img is scaled relative to."""
+    if dataset == "folder":
+        return 224 if size > LARGE_IMAGES else 32
+    return BASE_SIZE.get(dataset, 32)
+
+
+def evaluation_epochs(dataset, images, many):
+    """Return the epochs of an evaluation on one union.
+
+    Args:
+        dataset: name.
+        images: decoded images of each class that a stage learns (factor² · ipc).
+        many: 100 classes or more.
+    """
+    if dataset != "imagenet":
+        return 1000
+    table = ((1, 3000), (10, 2000), (50, 1500), (200, 1000), (500, 500))
+    epochs = next((epochs for limit, epochs in table if images <= limit), 300)
+    return epochs * 2 // 3 // 100 * 100 if many else epochs
+
+
+def load_data(args, device):
+    """Load the data set that the options name."""
+    statistics = info.IDC_STATISTICS.get(args.dataset)
+    size = args.size if args.dataset in SIZED else None
+    return datasets.load(args.data, data_folder(args), device, statistics=statistics, subset=subset(args), res=size)
+
+
+def data_folder(args):
+    """Return the folder of the data set."""
+    return args.imagenet_dir if args.dataset == "imagenet" else args.data_dir
+
+
+def subset(args):
+    """Return the name of the part of ImageNet; None for other data sets."""
+    return f"imagenet{args.nclass}" if args.dataset == "imagenet" else None
+
+
+def dataset_subdir(args):
+    """Return where results of a data set lie below the root of all results."""
+    if args.dataset == "folder":
+        return datasets.dataset_subdir("folder", args.data_dir, res=args.size)
+    return subset(args) or args.dataset
+
+
+def result_folder(args):
+    """Return the folder that a distillation with these options writes."""
+    if args.override_save_dir:
+        return Path(args.override_save_dir)
+    return Path(args.results) / dataset_subdir(args) / (args.name or names.idc_folder(vars(args)))
+
+
+def network_spec(args):
+    """Return the distillation's network as arguments of `networks.idc_network`."""
+    return {"net_type": args.net_type, "depth": args.depth, "width": args.width, "norm": args.norm_type}
+
+
+def train_config(args, epochs, real_images=False, lr_factor=1.0):
+    """Return IDC's way of training: SGD whose learning rate drops to a fifth at 2/3 and at 5/6, DSA and CutMix.
+
+    Args:
+        args: what `resolve` returned.
+        epochs: of the training.
+        real_images: the epochs on real images between sweeps, at a constant learning rate with the augmentation of
+            the matching (without cutout if CutMix is on), instead of an evaluation's.
+        lr_factor: on the learning rate.
+    """
+    mixup = args.mixup_net if real_images else args.mixup
+    cutmix = (args.mix_p, args.beta) if mixup == "cut" else None
+    if real_images:
+        dsa, milestones = DSA(without(args.aug_type, "cutout") if cutmix else args.aug_type, "idc"), ()
+    else:
+        dsa = DSA(args.dsa_strategy, "idc") if args.dsa else None
+        milestones = ((2 * epochs // 3 - 1, 0.2), (5 * epochs // 6 - 1, 0.2))
+    return TrainConfig(
+        epochs,
+        args.lr * lr_factor,
+        args.momentum,
+        args.weight_decay,
+        args.batch_size,
+        dsa,
+        milestones,
+        cutmix=cutmix,
+        crop=args.rrc and not args.dsa and not real_images,
+    )
+
+
+def check_network(args, real):
+    """Refuse a network that the images are too small for.
+
+    Raises:
+        UserError: they are.
+    """
+    try:
+        networks.idc_network(
+            channel=real.info.channel,
+            num_classes=real.info.num_classes,
+            im_size=real.info.im_size,
+            **network_spec(args),
+        )
+    except ValueError as error:
+        raise UserError(f"--net_type {args.net_type} on {real.info.name}: {error}") from None

@@ -1,0 +1,144 @@
+"""Evaluated results side by side: what was measured, and one table of it."""
+
+import csv
+import dataclasses
+import io
+import json
+import re
+from pathlib import Path
+
+from tabulate import tabulate
+
+from ..run import files
+from ..run.errors import UserError
+from . import names
+from .formats import read_image
+from .report import GRID_COLUMNS, table_rows
+
+WHAT = "the report of evaluate_mtt.py or evaluate_idc.py"
+COLUMNS = ("result", "data set", "method", "network", "trained on", "images per class", "accuracy", "std", "networks")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluatedResult:
+    """One evaluated distillation.
+
+    Attributes:
+        folder: Path.
+        report: contents of report.json.
+        logs: {stage from 1: rows of its metrics}.
+        images: {stage from 1: (H, W, 3) uint8, a grid of its subset, a row for each class}.
+    """
+
+    folder: Path
+    report: dict
+    logs: dict
+    images: dict
+
+    @property
+    def base(self):
+        """The base method."""
+        return "IDC" if "factor" in self.report["config"] else "MTT"
+
+    @property
+    def staged(self):
+        return self.report["config"]["num_intervals"] > 1
+
+    @property
+    def method(self):
+        """PDD over the base method, or the base method alone if all images are learned in one stage."""
+        return f"PDD+{self.base}" if self.staged else f"{self.base} one-shot"
+
+    @property
+    def group(self):
+        """What results must share to be compared: base method and network."""
+        return f"{self.base}, {self.report['model']}"
+
+    @property
+    def sizes(self):
+        """Stages × images of each class that each of them learned."""
+        return f"{self.report['config']['num_intervals']} × {self.report['config']['ipc']}"
+
+    @property
+    def total(self):
+        """Images of each class in the last union."""
+        return self.report["stages"][-1]["ipc_total"]
+
+    def measured(self, key):
+        """True if the distillation logged `key` (loss, syn_lr)."""
+        return any(key in row for log in self.logs.values() for row in log)
+
+
+def read(folder):
+    """Return the `EvaluatedResult` in `folder`.
+
+    Raises:
+        UserError: there is no report.json, or it is damaged.
+    """
+    folder = Path(folder)
+    path = folder / "report.json"
+    if not path.exists():
+        raise UserError(f"{folder}: expected {WHAT} (report.json), found none; evaluate the result first")
+    result = EvaluatedResult(folder, files.read_json(path, WHAT), {}, {})
+    try:
+        rows([result])
+    except (KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"{path}: expected {WHAT}, found something else; evaluate the result again") from None
+    read_stage = _read_idc_stage if result.base == "IDC" else _read_mtt_stage
+    for stage in range(1, result.report["config"]["num_intervals"] + 1):
+        read_stage(result, stage)
+    return result
+
+
+def _read_mtt_stage(result, stage):
+    config = result.report["config"]
+    given = config["override_interval_names"]
+    found = [result.folder / given.split(".")[stage - 1]] if given else names.mtt_stages(result.folder).get(stage)
+    folder = found[0] if found else result.folder  # one stage lies in the experiment's own folder
+    _read_log(result, stage, folder / "metrics.jsonl")
+    total, path = config["ipc"] * stage, folder / "images_best.png"
+    if path.exists() and total <= GRID_COLUMNS:  # wider grids are wrapped
+        union = read_image(path, "RGB")  # its newest images stand on the right
+        result.images[stage] = union[:, (union.shape[1] - 2) * (total - config["ipc"]) // total :]
+
+
+def _read_idc_stage(result, stage):
+    _read_log(result, stage, result.folder / f"interval_{stage - 1}_metrics.jsonl")
+    paths = result.folder.glob(f"interval_{stage - 1}_img*.png")
+    if last := max(paths, key=lambda path: int(re.search(r"img(\d+)", path.name)[1]), default=None):
+        result.images[stage] = read_image(last, "RGB")
+
+
+def _read_log(result, stage, path):
+    if path.exists():
+        try:
+            result.logs[stage] = [json.loads(line) for line in path.read_text().splitlines()]
+        except ValueError:
+            raise UserError(f"{path}: expected one JSON object in each line, found something else") from None
+
+
+def rows(results):
+    """Return the table's rows (lists as `COLUMNS`): the stages and the reference rows of each result."""
+    return [
+        [number, result.report["dataset"], result.method if row["kind"] == "stages" else "none",
+         *(row[key] for key in ("network", "trained_on", "ipc", "mean", "std", "networks"))]
+        for number, result in enumerate(results, 1)
+        for row in table_rows(result.report)
+    ]  # fmt: skip
+
+
+def as_markdown(results, plus_minus="±"):
+    """Return the table as Markdown, and below it the folders by the numbers of the results."""
+    headers = [*COLUMNS[:6], "accuracy (%)", "networks"]
+    lines = [[*words, f"{mean:.2f} {plus_minus} {std:.2f}", count] for *words, mean, std, count in rows(results)]
+    table = tabulate(lines, headers, "github", disable_numparse=True)
+    return table + "\n\n" + "\n".join(f"{number}. {result.folder}" for number, result in enumerate(results, 1))
+
+
+def as_csv(results):
+    """Return the table as comma-separated values, with full precision and the folders."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*COLUMNS, "folder"])
+    writer.writerows([*row, results[row[0] - 1].folder] for row in rows(results))
+    return text.getvalue()

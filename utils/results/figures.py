@@ -1,0 +1,154 @@
+"""Figures that compare the results of several distillations."""
+
+import itertools
+import math
+
+import matplotlib
+import numpy as np
+
+from .report import save_figure
+
+matplotlib.use("Agg")
+from matplotlib import colormaps, pyplot
+
+
+def draw_all(results, out):
+    """Draw all that `results` (list of `compare.EvaluatedResult`) can show into the folder `out`; returns the paths."""
+    names = labels(results)
+    made = {"accuracy_stage": accuracy_by_stage(results, names), "accuracy_ipc": accuracy_by_ipc(results)}
+    for key, words, smooth in (("loss", "matching loss", True), ("syn_lr", "synthetic learning rate", False)):
+        logged = {name: result for name, result in zip(names, results, strict=True) if result.measured(key)}
+        if logged:
+            made[key] = curves(logged, key, words, smooth)
+    for number, (name, result) in enumerate(zip(names, results, strict=True), 1):
+        if result.images:
+            made[f"images_{number}"] = grids(result.images, name)
+    for name, figure in made.items():
+        save_figure(out / f"{name}.png", figure)
+    return [out / f"{name}.png" for name in made]
+
+
+def labels(results):
+    """Return a name for each result: its number in the table, method, network, stages × images per class."""
+    names = []
+    for number, result in enumerate(results, 1):
+        dataset, model = result.report["dataset"], result.report["model"]
+        names.append(f"{number}: {dataset}, {result.method}, {model}, {result.sizes}")
+    return names
+
+
+def panels(count, width=5.0, height=3.8):
+    """Return (figure, list of `count` axes), at most three in a row."""
+    columns = min(count, 3)
+    lines = math.ceil(count / columns)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(width * columns, height * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[count:]:
+        axis.remove()
+    return figure, list(axes.flat[:count])
+
+
+def finish(axis, across, up, **legend):
+    axis.set_xlabel(across)
+    axis.set_ylabel(up)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, **legend)
+
+
+def points(axis, across, rows, **style):
+    means, spread = ([row[key] for row in rows] for key in ("accuracy_mean", "accuracy_std"))
+    axis.errorbar(across, means, yerr=spread, capsize=3, **style)
+
+
+def accuracy_by_stage(results, names):
+    """A curve for each result in stages, its own network, with a cross for random real images; a line for one-shot."""
+    figure, (axis,) = panels(1, 7.0, 5.0)
+    for number, (name, result) in enumerate(zip(names, results, strict=True)):
+        stages, colour = result.report["stages"], f"C{number % 10}"
+        if not result.staged:
+            mean, std = stages[-1]["accuracy_mean"], stages[-1]["accuracy_std"]
+            axis.axhline(mean, color=colour, linestyle="--", label=name)
+            axis.axhspan(mean - std, mean + std, color=colour, alpha=0.12, linewidth=0)
+            continue
+        points(axis, [row["stage"] for row in stages], stages, fmt="o-", color=colour, label=name)
+        if result.report.get("random"):
+            points(axis, [stages[-1]["stage"]], [result.report["random"]], fmt="x", color=colour)
+    axis.set_xticks(range(1, max(len(result.report["stages"]) for result in results) + 1))
+    axis.set_title("×: as many random real images", fontsize=9)
+    finish(axis, "stage", "test accuracy (%)", loc="upper left", bbox_to_anchor=(0, -0.13))
+    return figure
+
+
+def accuracy_by_ipc(results):
+    """The paper's first figure: a panel for each data set, a colour for each base method and network."""
+    sets = sorted({result.report["dataset"] for result in results})
+    groups = sorted({result.group for result in results})
+    figure, axes = panels(len(sets), 6.4, 5.6)
+    for axis, dataset in zip(axes, sets, strict=True):
+        for number, group in enumerate(groups):
+            chosen = [r for r in results if (r.report["dataset"], r.group) == (dataset, group)]
+            draw_group(axis, sorted(chosen, key=lambda r: r.total), group, f"C{number % 10}")
+        axis.set_title(dataset, fontsize=10)
+        finish(
+            axis, "images per class in all", "test accuracy (%)", loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2
+        )
+    return figure
+
+
+def draw_group(axis, results, group, colour):
+    """Draw the results of one base method and network: PDD's stages, one-shot, random real images, the full set."""
+    for marker, result in zip(itertools.cycle("o^vD"), [r for r in results if r.staged], strict=False):
+        stages, style = result.report["stages"], {"marker": marker, "color": colour}
+        points(axis, [row["ipc_total"] for row in stages], stages, label=f"PDD+{group}, {result.sizes}", **style)
+    oneshot = [(r.total, r.report["stages"][-1]) for r in results if not r.staged]
+    random = [(r.total, r.report["random"]) for r in results if r.report.get("random")]
+    for found, style, label in ((oneshot, "s--", f"{group}, one-shot"), (random, "x:", f"{group}, random real")):
+        if found:
+            points(axis, *zip(*found, strict=True), fmt=style, color=colour, alpha=0.8, label=label)
+    levels = {r.report["full"]["accuracy_mean"] for r in results if r.report.get("full")}
+    for number, level in enumerate(sorted(levels)):
+        label = None if number else f"{group}, full training set"
+        axis.axhline(level, color=colour, linestyle="-.", linewidth=1, label=label)
+
+
+def curves(results, key, words, smooth):
+    """A panel for each of {name: result}, a curve for each stage; `smooth` draws a running mean over the values."""
+    figure, axes = panels(len(results))
+    for axis, (name, result) in zip(axes, results.items(), strict=True):
+        for stage, log in result.logs.items():
+            found = [(row["iteration"], row[key]) for row in log if key in row]
+            if not found:
+                continue
+            across, values = map(np.array, zip(*found, strict=True))
+            colour = colormaps["viridis"]((stage - 1) / max(len(result.logs) - 1, 1) * 0.9)
+            width = max(1, len(values) // 20) if smooth else 1
+            if width > 1:
+                axis.plot(across, values, color=colour, alpha=0.25, linewidth=0.7)
+            mean = np.convolve(values, np.ones(width) / width, "valid")
+            across = across[(width - 1) // 2 :][: len(mean)]
+            axis.plot(across, mean, color=colour, marker="o" if len(mean) < 8 else "", label=f"stage {stage}")
+        axis.set_title(name, fontsize=8)
+        finish(axis, "iteration", words)
+    return figure
+
+
+def grids(images, name):
+    """The subsets of all stages ({stage: grid}) side by side, a row for each class."""
+    widths = [grid.shape[1] for grid in images.values()]
+    wide, high = sum(widths), max(grid.shape[0] for grid in images.values())
+    inch = min(1 / 130, 18 / wide, 18 / high)  # of a pixel
+    figure, axes = pyplot.subplots(
+        1,
+        len(widths),
+        figsize=(max(wide * inch, 3.0), high * inch + 0.6),
+        width_ratios=widths,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (stage, grid) in zip(axes.flat, images.items(), strict=True):
+        axis.imshow(grid)
+        axis.set_axis_off()
+        axis.set_title(f"stage {stage}", fontsize=8)
+    figure.suptitle(name, fontsize=7)
+    return figure

@@ -1,0 +1,216 @@
+"""Exports: distilled sets in formats that other programs read, with a JSON of how they were made.
+
+Tensors of a set: `images` (N, C, H, W) float32 in network space, `pixels` (N, C, H, W) float32 in [0, 1], `labels`
+(N,) int64, `stage` (N,) int64 from 1; with PDD+MTT `syn_lr` (P,) float32, the learning rate of each stage, NaN if
+unknown; with ZCA, if the transform is known, `zca_mean` (C·H·W,) and `zca_matrix` (C·H·W, C·H·W): network space is
+(pixels − mean) @ matrix. The format png holds a PNG for each image in class folders instead of these tensors.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import zca
+from ..data.info import DatasetInfo
+from ..run import files
+from ..run.errors import UserError, one_line
+
+ABOUT = "distilled.json"
+SHEET = "contact_sheet.png"
+SUFFIXES = {"pt": ".pt", "npz": ".npz", "safetensors": ".safetensors"}
+FORMATS = ("pt", "png", "npz", "safetensors")
+WHAT = "a distilled set written by scripts/export.py"
+OLD_IMAGES = "png"  # the class folders of earlier exports stood in this folder
+OWN = {ABOUT, SHEET, zca.FILE, OLD_IMAGES, *(f"distilled{suffix}" for suffix in SUFFIXES.values())}
+CLASS_FOLDER = re.compile(r"(\d{3,})_.*")
+
+
+@contextlib.contextmanager
+def replaced(folder):
+    """Yield a new folder beside `folder`; on leaving without an error it replaces an earlier export there.
+
+    Raises:
+        UserError: `folder` holds other files.
+    """
+    folder = Path(folder).resolve()
+    names = sorted(os.listdir(folder)) if folder.is_dir() else [folder.name] if folder.exists() else []
+    classes = {name for name in names if ABOUT in names and CLASS_FOLDER.fullmatch(name)}
+    if others := [name for name in names if name not in OWN | classes]:
+        raise UserError(f"{folder}: expected an empty folder or an earlier export, found {others[0]}; choose another")
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write(folder, kind, tensors, about):
+    """Write a set into an empty folder.
+
+    Args:
+        folder: to write into.
+        kind: one of `FORMATS`.
+        tensors: dict, see above.
+        about: dict of how they were made; `about["data"]` is the data set's `DatasetInfo.as_json()`.
+    """
+    folder = Path(folder)
+    text = json.dumps(about)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if kind == "png":
+        _write_images(folder, tensors, about["data"]["class_names"])
+        if "zca_matrix" in tensors:
+            files.save(folder / zca.FILE, {name: tensors[name] for name in ("zca_mean", "zca_matrix")})
+    elif kind == "pt":
+        files.save(folder / "distilled.pt", tensors | {"about": text})
+    elif kind == "npz":
+        with files.atomic(folder / "distilled.npz") as file:
+            np.savez(file, about=text, **{name: tensor.numpy() for name, tensor in tensors.items()})
+    else:
+        from safetensors.torch import save
+
+        with files.atomic(folder / "distilled.safetensors") as file:
+            file.write(save(tensors, metadata={"about": text}))
+    files.write_json(folder / ABOUT, about)
+
+
+def class_folder(label, name):
+    """Return the name of a class's folder: in alphabetical order the folders are in the order of the labels."""
+    return f"{label:03d}_" + re.sub(r"[^\w.-]+", "_", name)
+
+
+def _write_images(folder, tensors, class_names):
+    from PIL import Image
+
+    for label, name in enumerate(class_names):
+        (folder / class_folder(label, name)).mkdir(parents=True)
+    pixels = (tensors["pixels"].clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    rows = zip(pixels, tensors["labels"].tolist(), tensors["stage"].tolist(), strict=True)
+    for number, (image, label, stage) in enumerate(rows):
+        path = folder / class_folder(label, class_names[label]) / f"stage{stage}_{number:05d}.png"
+        Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(path)
+
+
+def find_export(path):
+    """Return the file of an export (for PNG the JSON beside them) at `path`, a folder or the file; None without one."""
+    path = Path(path)
+    if path.is_file() and (path.name == ABOUT or path.suffix in SUFFIXES.values()):
+        return path
+    if not (path / ABOUT).is_file():
+        return None
+    found = [path / f"distilled{suffix}" for suffix in SUFFIXES.values() if (path / f"distilled{suffix}").is_file()]
+    return found[0] if found else path / ABOUT
+
+
+def read(path):
+    """Read an export.
+
+    Args:
+        path: what `find_export` returned.
+
+    Returns:
+        (tensors, `DatasetInfo`, about); of PNG only `pixels`, `labels` and `stage`.
+
+    Raises:
+        UserError: the file is missing, damaged, or not a set.
+    """
+    path = Path(path)
+    wanted = {"pixels": 4, "labels": 1, "stage": 1}
+    if path.name == ABOUT:
+        about = files.read_json(path, "how a distilled set was made")
+        nested = path.parent / OLD_IMAGES
+        tensors = _read_images(nested if nested.is_dir() else path.parent)
+        if (path.parent / zca.FILE).exists():
+            tensors |= files.load(path.parent / zca.FILE, "a ZCA transform")
+    else:
+        tensors, about = _read_file(path)
+        wanted["images"] = 4
+    for name, dimensions in wanted.items():
+        tensor = tensors.get(name)
+        count = len(tensors["pixels"]) if "pixels" in tensors else 0
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != dimensions or len(tensor) != count or not count:
+            found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else "none"
+            raise UserError(f"{path}: expected {WHAT}, found {found} for {name!r}; export it again")
+    if not isinstance(about.get("data"), dict):
+        raise UserError(f"{path}: expected {WHAT}, found no description of its data; export it again")
+    info = DatasetInfo.from_json(about["data"], path)
+    return tensors, info.replace(whitening=_whitening(tensors) if info.zca else None), about
+
+
+def _whitening(tensors):
+    """Return the kornia.enhance.ZCAWhitening of an export, which holds no inverse; None if it holds no transform."""
+    if "zca_matrix" not in tensors:
+        return None
+    from kornia.enhance import ZCAWhitening
+
+    whitening = ZCAWhitening(compute_inv=False)
+    whitening.mean_vector, whitening.transform_matrix = tensors["zca_mean"].view(1, -1), tensors["zca_matrix"]
+    whitening.fitted = True
+    return whitening
+
+
+def _read_file(path):
+    """Return (tensors, about) of one file."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "about"}
+                return tensors, json.loads(str(arrays["about"]))
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["about"])
+                return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 - not a dict
+        found = files.load(path, WHAT)
+        return found, json.loads(found.pop("about"))
+    except UserError:
+        raise
+    except Exception as error:
+        # A damaged archive surfaces as whatever its reader stumbled over.
+        raise UserError(
+            f"{path}: expected {WHAT}, found a damaged or other file ({one_line(error)[:80]}); export it again"
+        ) from None
+
+
+def _read_images(folder):
+    """Return the tensors of PNG images in class folders."""
+    found = {}
+    for path in folder.glob("*/*.png"):
+        label, name = CLASS_FOLDER.fullmatch(path.parent.name), re.fullmatch(r"stage(\d+)_(\d+)\.png", path.name)
+        if label and name:
+            found[int(name[2])] = (path, int(label[1]), int(name[1]))
+    if sorted(found) != list(range(len(found))) or not found:
+        missing = next((number for number in range(len(found)) if number not in found), 0)
+        raise UserError(f"{folder}: expected images with numbers from 0 on, found none of number {missing}")
+    paths, labels, stages = zip(*(found[number] for number in range(len(found))), strict=True)
+    arrays = [read_image(path) for path in paths]
+    for path, array in zip(paths, arrays, strict=True):
+        if array.shape != arrays[0].shape:
+            raise UserError(f"{path}: expected an image {arrays[0].shape} as the first one, found {array.shape}")
+    pixels = torch.from_numpy(np.stack(arrays).reshape(len(arrays), *arrays[0].shape[:2], -1).transpose(0, 3, 1, 2))
+    return {"pixels": pixels.contiguous().float() / 255, "labels": torch.tensor(labels), "stage": torch.tensor(stages)}
+
+
+def read_image(path, mode=None):
+    """Return the pixels of an image file as a uint8 array, (H, W) or (H, W, C); converted to PIL's `mode` if given.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert(mode) if mode else image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: expected an image, found a damaged file ({one_line(error)[:60]})") from None

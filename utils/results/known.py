@@ -1,0 +1,223 @@
+"""Distillations on disk, of both methods: their stages, and what is known of their options and data.
+
+`data.json` beside a result describes its data set, so that the result can be used without the data; with ZCA whitening,
+`zca.pt` holds the transform. The authors' published files have neither: what their names do not say must be given.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import torch
+
+from .. import zca
+from ..data import datasets
+from ..data.info import IDC_NAMES, IDC_STATISTICS, IMAGENET_MEAN, IMAGENET_STD, KNOWN, SIZED, DatasetInfo
+from ..run import files
+from ..run.errors import UserError
+from .names import STAGE_FOLDER, mtt_stages
+
+DATA = "data.json"
+IDC_FILE = re.compile(r"interval_(\d+)_data\.pt")
+# Names that the published code gives (names.mtt_experiment, names.idc_folder).
+MTT_NAME = re.compile(
+    r"(?P<dataset>[^_]+)_(?P<model>.+)_(?P<eval_mode>[A-Z])_ipc(?P<ipc>\d+)_max\d+_syn\d+_.*_increase"
+    r"(?P<zca>_zca)?(_.*)?"
+)
+IDC_NAME = re.compile(r".+_(grad|feat)_.+_ipc\d+")
+FACTOR = re.compile(r"_factor(\d+)(?:_(multi|bound))?_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """What a distillation left on disk.
+
+    Attributes:
+        folder: of the experiment.
+        stages: {stage (from 1): its folder (MTT) or file (IDC)}.
+        info: `DatasetInfo`.
+        options, versions: dicts of config.json, empty without one.
+        method: PDD+MTT or PDD+IDC.
+        factor, decode_type: of IDC's multi-formation.
+    """
+
+    folder: Path
+    stages: dict
+    info: DatasetInfo
+    options: dict
+    versions: dict
+    method: str
+    factor: int = 1
+    decode_type: str = "single"
+
+
+def save_info(folder, info):
+    """Write data.json and, with ZCA, zca.pt into the folder of an experiment, once."""
+    folder = Path(folder)
+    if not (folder / DATA).exists():
+        files.write_json(folder / DATA, info.as_json())
+    if info.whitening is not None and not (folder / zca.FILE).exists():
+        files.save(folder / zca.FILE, zca.state(info.whitening))
+
+
+def find(folder, dataset=None, data_path=None, whitened=None, factor=None, decode_type=None):
+    """Return the `Distillation` in `folder`.
+
+    Args:
+        folder: of an experiment or of one stage of PDD+MTT, or of a result of PDD+IDC.
+        dataset: its name, if nothing in the folder says it.
+        data_path: folder of the data set, read if the result does not describe it.
+        whitened: True for ZCA, if nothing says it.
+        factor, decode_type: of IDC's images, if nothing says it.
+
+    Raises:
+        UserError: it is none of these, a stage is missing, or something is unknown or contradicts what is given.
+    """
+    folder = Path(folder).resolve()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: expected a folder of results, found {'a file' if folder.exists() else 'none'}")
+    unions = {int(m[1]) + 1: path for path in folder.iterdir() if (m := IDC_FILE.fullmatch(path.name))}
+    if unions:
+        _check_complete(folder, unions)
+        return _find_idc(folder, unions, dataset, data_path, factor, decode_type)
+    return _find_mtt(*_stage_folders(folder), dataset, data_path, whitened)
+
+
+def _stage_folders(folder):
+    """Return (folder of the experiment, {stage: folder}) of PDD+MTT."""
+    found = {stage: paths for stage, paths in mtt_stages(folder).items() if (paths[0] / "images_best.pt").exists()}
+    if found:
+        if doubled := next((stage for stage in found if len(found[stage]) > 1), None):
+            raise UserError(f"{folder}: expected one folder interval{doubled}_epoch…, found {len(found[doubled])}")
+        _check_complete(folder, found)
+        return folder, {stage: paths[0] for stage, paths in found.items()}
+    if (folder / "images_best.pt").exists():
+        stage = STAGE_FOLDER.fullmatch(folder.name)
+        return (folder.parent, {int(stage[1]): folder}) if stage else (folder, {1: folder})
+    raise UserError(
+        f"{folder}: expected a result (interval{{p}}_epoch…/images_best.pt, images_best.pt or interval_{{i}}_data.pt) "
+        "or an export of one (distilled.json), found none"
+    )
+
+
+def _check_complete(folder, stages):
+    for stage in range(1, max(stages) + 1):
+        if stage not in stages:
+            raise UserError(f"{folder}: expected stages 1 to {max(stages)}, found no stage {stage}")
+
+
+def _config(home):
+    """Return (options, versions) of config.json."""
+    if not (home / files.CONFIG).exists():
+        return {}, {}
+    config = files.read_json(home / files.CONFIG, "the options of a run")
+    return config.get("options") or {}, config.get("versions") or {}
+
+
+def _settle(home, option, given, known):
+    """Return what is `known`, else what is `given`.
+
+    Raises:
+        UserError: neither is there, or they contradict each other.
+    """
+    if known is None and given is None:
+        raise UserError(f"{home}: neither config.json nor the folder's name says --{option}; name it")
+    if None not in (known, given) and known != given:
+        raise UserError(f"{home}: made with --{option} {known}, but --{option} {given} is given; leave it out")
+    return given if known is None else known
+
+
+def _find_mtt(home, stages, dataset, data_path, whitened):
+    options, versions = _config(home)
+    name = MTT_NAME.fullmatch(home.name)
+    known = options or ({"dataset": name["dataset"], "zca": bool(name["zca"])} if name else {})
+    dataset = _settle(home, "dataset", IDC_NAMES.get(dataset, dataset), known.get("dataset"))
+    whitened = _settle(home, "zca", whitened, known.get("zca"))
+    first = stages[min(stages)] / "images_best.pt"
+    info = _info(home, dataset, data_path, whitened, None, options.get("subset"), first)
+    return Distillation(home, stages, info, options, versions, "PDD+MTT")
+
+
+def _find_idc(folder, unions, dataset, data_path, factor, decode_type):
+    options, versions = _config(folder)
+    known = options or _read_arguments(folder) or parse_idc_name(folder)
+    dataset = next((idc_name for idc_name, name in IDC_NAMES.items() if name == dataset), dataset)
+    dataset = _settle(folder, "dataset", dataset, known.get("dataset"))
+    factor = _settle(folder, "factor", factor, known.get("factor"))
+    decode_type = _settle(folder, "decode_type", decode_type, known.get("decode_type"))
+    subset = f"imagenet{options['nclass']}" if "nclass" in options else folder.parent.name
+    name, statistics = IDC_NAMES.get(dataset, dataset), IDC_STATISTICS.get(dataset)
+    info = _info(folder, name, data_path, False, statistics, subset, unions[1])
+    return Distillation(folder, unions, info, options, versions, "PDD+IDC", factor, decode_type)
+
+
+def _read_arguments(folder):
+    """Return the settings in args.txt: `name: value` in lines, bare or as JSON."""
+    path = folder / "args.txt"
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    found = {}
+    for name in ("dataset", "factor", "decode_type"):
+        if match := re.search(rf"^\W*{name}\W+([\w-]+)", text, re.MULTILINE):
+            found[name] = int(match[1]) if match[1].isdecimal() else match[1]
+    return found
+
+
+def parse_idc_name(folder):
+    """Return the settings that the names of a published folder of PDD+IDC say: {dataset}/{options}."""
+    found = {}
+    dataset = re.sub(r"^imagenet\d+$", "imagenet", folder.parent.name)
+    if dataset in IDC_NAMES:
+        found["dataset"] = dataset
+    if IDC_NAME.fullmatch(folder.name):
+        factor = FACTOR.search(folder.name)
+        found |= {"factor": int(factor[1]) if factor else 1, "decode_type": (factor and factor[2]) or "single"}
+    return found
+
+
+def image_shape(path):
+    """Return (C, H, W) of the images in a file of results."""
+    value = files.load(path, "synthetic images")
+    images = value[0] if isinstance(value, (list, tuple)) and value else value
+    if not isinstance(images, torch.Tensor) or images.dim() != 4:
+        raise UserError(f"{path}: expected images (N, C, H, W), found something else; make it anew")
+    return tuple(images.shape[1:])
+
+
+def _info(home, dataset, data_path, whitened, statistics, subset, path):
+    """Return the `DatasetInfo` of a result: from the files beside it, from the data, or from what is widely known.
+
+    Args:
+        home: folder of the experiment.
+        dataset, data_path, whitened, statistics, subset: as `datasets.load` takes them; data_path may be None.
+        path: of a file with its images.
+    """
+    has_data, has_whitening = (home / DATA).exists(), whitened and (home / zca.FILE).exists()
+    real = None
+    if data_path and not (has_data and has_whitening == whitened):
+        res = image_shape(path)[-1] if dataset in SIZED else None
+        real = datasets.load(dataset, data_path, torch.device("cpu"), whitened, statistics, subset, res).info
+    if has_data:
+        info = DatasetInfo.from_json(files.read_json(home / DATA, "the description of a data set"), home / DATA)
+    else:
+        info = real or _known_info(home, dataset, whitened, statistics, path)
+    if not has_whitening:
+        return info.replace(whitening=real and real.whitening)
+    stored = files.load(home / zca.FILE, "a ZCA transform")
+    try:
+        return info.replace(whitening=zca.restore(stored, info.channel * info.im_size**2, torch.device("cpu")))
+    except UserError as error:
+        raise UserError(f"{home / zca.FILE}: {error}; remove it and name --data_path") from None
+
+
+def _known_info(home, dataset, whitened, statistics, path):
+    """Return the `DatasetInfo` of a published result: that of its data set, classes called by their numbers."""
+    count = re.fullmatch(r"imagenet(\d+)", home.parent.name)
+    if dataset in KNOWN:
+        info = KNOWN[dataset]
+        mean, std = statistics or (info.mean, info.std)
+        return info.replace(mean=mean, std=std, zca=whitened)
+    if dataset != "ImageNet" or not count:
+        raise UserError(f"{home}: {dataset} may be of any classes, mean and std; name its folder with --data_path")
+    num_classes, (channel, im_size, _) = int(count[1]), image_shape(path)
+    names = [str(label) for label in range(num_classes)]
+    return DatasetInfo(dataset, num_classes, names, channel, im_size, IMAGENET_MEAN, IMAGENET_STD, whitened)

@@ -1,0 +1,155 @@
+"""Where results lie: folder names in the grammar of the published code, and the summary of each finished stage."""
+
+import re
+from pathlib import Path
+
+from ..run import files
+from ..run.errors import UserError
+from ..run.log import log0
+
+STAGE_FILE = "stage.json"
+MEASURED_ON = {"test": "test", "val": "held-out"}  # accuracies by --select_on
+STAGE_FOLDER = re.compile(r"interval(\d+)_epoch\d+-\d+")
+
+
+def mtt_experiment(config):
+    """Return the folder name of a PDD+MTT experiment with the options `config` (a dict)."""
+    name = (
+        "{dataset}_{model}_{eval_mode}_ipc{ipc}_max{max_start_epoch}_syn{syn_steps}_real{expert_epochs}"
+        "_img{lr_img}_{lr_lr}_{lr_teacher}_increase"
+    ).format(**config)
+    return name + ("_zca" if config["zca"] else "") + (f"_{config['tag']}" if config["tag"] else "")
+
+
+def mtt_stage(experiment, stage, stages, max_start_epoch):
+    """Return the folder of stage `stage` (1 to `stages`); with one stage it is the experiment's own."""
+    if stages == 1:
+        return Path(experiment)
+    return Path(experiment) / f"interval{stage}_epoch{(stage - 1) * max_start_epoch + 1}-{stage * max_start_epoch}"
+
+
+def mtt_stages(experiment):
+    """Return {stage: [folders]} of a PDD+MTT experiment."""
+    found = {}
+    for folder in sorted(Path(experiment).iterdir()):
+        if match := STAGE_FOLDER.fullmatch(folder.name):
+            found.setdefault(int(match[1]), []).append(folder)
+    return found
+
+
+def find_mtt_stages(experiment, stages, names=None):
+    """Return the folders of the stages of a finished experiment, whatever options made it.
+
+    Args:
+        experiment: folder.
+        stages: how many (num_intervals).
+        names: folder names instead of those that are found.
+
+    Raises:
+        UserError: one is missing.
+    """
+    experiment = Path(experiment)
+    if not experiment.is_dir():
+        raise UserError(
+            f"{experiment}: expected the folder of a distillation, found none; give the options it was made with, or "
+            "its name with --override_load_path"
+        )
+    if names:
+        if len(names) != stages:
+            raise UserError(
+                f"--override_interval_names: expected {stages} names joined by dots (num_intervals), found {len(names)}"
+            )
+        return [experiment / name for name in names]
+    if stages == 1 and (experiment / "images_best.pt").exists():
+        return [experiment]
+    found = mtt_stages(experiment)
+    for stage in range(1, stages + 1):
+        if len(found.get(stage, [])) != 1:
+            raise UserError(
+                f"{experiment}: expected one folder interval{stage}_epoch…, found {len(found.get(stage, []))}; "
+                "check --num_intervals, or name the folders with --override_interval_names"
+            )
+    if more := len(found) - stages:
+        log0(f"note: {experiment}: --num_intervals {stages} leaves out {more} more stages")
+    return [found[stage][0] for stage in range(1, stages + 1)]
+
+
+def read_mtt_stage(folder):
+    """Return the summary of a stage that has learned its subset, {} before.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = Path(folder) / STAGE_FILE
+    holds = {"select_on": str, "best_accuracy": (int, float), "best_iteration": int, "complete": bool}
+    return files.read_json(path, "the summary of a finished stage", holds) if path.exists() else {}
+
+
+def idc_model(config):
+    """Return the network's part of a PDD+IDC folder name: conv3in, resnet10apin, …"""
+    norm = {"instance": "in", "batch": "bn", "sn": "sn", "none": "none"}[config["norm_type"]]
+    kind = {"convnet": "conv{depth}", "resnet": "resnet{depth}", "resnet_ap": "resnet{depth}ap"}[config["net_type"]]
+    return kind.format(**config) + norm + ("" if config["width"] == 1 else f"_w{config['width']}")
+
+
+def idc_folder(config):
+    """Return the name of a PDD+IDC result's folder with the options `config` (a dict): the published tag grammar."""
+    c = config
+    many = f"_{c['pt_num']}" if c["pt_num"] > 1 else ""
+    parts = (
+        (idc_model(c), True),
+        (c["tag"], c["tag"]),
+        (c["match"], True),
+        ("b", c["bias"]),
+        ("fc", c["fc"]),
+        (c["metric"], True),
+        (f"pt{c['pt_from']}{many}", c["pt_from"] >= 0),
+        (f"fix{c['fix_iter']}", c["fix_iter"] > 0),
+        (f"ely{c['early']}", c["early"] > 0),
+        (f"nd{c['n_data']}", c["n_data"] > 0),
+        (f"inloop{c['inner_loop']}", c["n_data"] > 0 and c["inner_loop"] != 100),
+        ("cut", c["mixup_net"] == "cut"),
+        (f"nlr{c['lr']}", c["lr"] != 0.01),
+        (f"wd{c['weight_decay']}", c["weight_decay"] != 5e-4),
+        (f"niter{c['niter']}", c["niter"] != 500),
+        (f"factor{c['factor']}", c["factor"] > 1),
+        (c["decode_type"], c["factor"] > 1 and c["decode_type"] != "single"),
+        (c["aug_type"], c["aug_type"] != "color_crop_cutout"),
+        (f"lr{c['lr_img']}", True),
+        (f"mom{c['momentum']}", c["momentum"] != 0.9),
+        (f"b_real{c['batch_real']}", c["batch_real"] != 64),
+        (f"synmax{c['batch_syn_max']}", c["batch_syn_max"] != 128),
+        (c["init"], True),
+        (f"ipc{c['ipc']}", True),
+    )
+    return "_".join(text for text, wanted in parts if wanted)
+
+
+def idc_summary(folder, stage):
+    """Return the file that says that `stage` (from 1) of PDD+IDC is complete."""
+    return Path(folder) / f"interval_{stage - 1}.json"
+
+
+def read_idc_stage(folder, stage):
+    """Return the summary of a complete stage (from 1); {} if there is no file: before its end, or published.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = idc_summary(folder, stage)
+    return files.read_json(path, "the summary of a finished stage", {"complete": bool}) if path.exists() else {}
+
+
+def selection(config):
+    """Return what a stage's summary says of the images that its accuracies were measured on."""
+    held_out = {"val_fraction": config["val_fraction"]} if config["select_on"] == "val" else {}
+    return {"select_on": config["select_on"], **held_out}
+
+
+def selected_on(summaries):
+    """Return the `select_on` of a report: test, val, unknown, or several of them joined by commas.
+
+    Args:
+        summaries: of the stages, {} for published results.
+    """
+    return ", ".join(sorted({known.get("select_on", "unknown") for known in summaries}))

@@ -1,0 +1,160 @@
+"""What a killed run continues from: the state of a learning loop, and finished units of work.
+
+Every random decision has a stream of its own (streams.py), so a unit that is begun again gives the same bits. Only the
+loops that last hold state; transitions and evaluations keep each finished network.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from . import distributed, files, signals
+from .errors import UserError
+
+PARTIAL = "partial"  # folder of finished units, beside the results that they become part of
+
+
+class Checkpoint:
+    """The state of one loop, saved every few minutes, and if a signal asks the run to stop.
+
+        with Checkpoint(path, minutes, config, images=images, optimizer=optimizer, best=best) as checkpoint:
+            for iteration in checkpoint.iterations(5000):
+                …
+
+    The objects are tensors (changed in place), dicts, or have state_dict and load_state_dict; the checkpoint restores
+    them when it is entered. Of several ranks all make the same iterations, rank 0 saves, and a signal to one of them
+    stops all in the same iteration.
+
+    Args:
+        path: of the file.
+        minutes: between two saves.
+        config: dict of the run's options; the file of a run with others is refused.
+        free: names of options that may differ.
+        objects: what an iteration changes, by name.
+
+    Raises:
+        UserError: the file is damaged, was changed, or is another run's (when entered).
+    """
+
+    def __init__(self, path, minutes, config, free=(), **objects):
+        self.path, self.seconds, self.free, self.objects = Path(path), minutes * 60, free, objects
+        self.config = json.loads(json.dumps(config))
+        self.iteration = 0
+
+    def __enter__(self):
+        if self.path.exists():
+            self._restore()
+        distributed.barrier()  # nobody writes the file before all have read it
+        self.saved_at = time.monotonic()
+        signals.opened(self)
+        return self
+
+    def __exit__(self, *_):
+        signals.closed(self)
+
+    def iterations(self, count):
+        """Yield the iterations that are left of 0, 1, …, count - 1; between two it is saved if it is time."""
+        for iteration in range(self.iteration, count):
+            self.iteration = iteration
+            stop = distributed.all_reduce_max(signals.received() or 0)
+            if stop:
+                distributed.barrier()  # torchrun ends the others when the first one does
+                signals.stop_if_asked(stop)
+            elif time.monotonic() - self.saved_at >= self.seconds:
+                self.save()
+            yield iteration
+
+    def save(self):
+        """Save now."""
+        self.saved_at = time.monotonic()
+        if distributed.is_rank0():
+            objects = {name: _state(value) for name, value in self.objects.items()}
+            state = {"config": self.config, "iteration": self.iteration, "objects": objects}
+            files.save(self.path, state | {"digest": files.digest(state)})
+
+    def _restore(self):
+        what = "the state of an interrupted run"
+        state = files.load(self.path, what)
+        digest = state.pop("digest", None) if isinstance(state, dict) else None
+        if digest is None or digest != files.digest(state):
+            raise UserError(
+                f"{self.path}: expected {what}, found something else, a changed file, or one of an earlier version; "
+                "delete it to begin this stage anew"
+            )
+        if other := files.differing(state["config"], self.config, self.free):
+            raise UserError(
+                f"{self.path}: expected {what}, found that of another run ({other}); delete it to begin this stage anew"
+            )
+        self.iteration = state["iteration"]
+        for name, value in self.objects.items():
+            _restore(value, state["objects"][name])
+
+    def remove(self):
+        """Remove the file: its work is complete and stands in the results."""
+        if distributed.is_rank0():
+            self.path.unlink(missing_ok=True)
+
+
+def _state(value):
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return dict(value) if isinstance(value, dict) else value.state_dict()
+
+
+def _restore(value, state):
+    if isinstance(value, torch.Tensor):
+        with torch.no_grad():
+            value.copy_(state)
+    elif isinstance(value, dict):
+        value.update(state)
+    else:
+        value.load_state_dict(state)
+
+
+def finish_each(folder, name, key, tasks, work):
+    """Do every one of `tasks` once, over all ranks and interruptions.
+
+    Each finished task is a file in `folder`/partial; those of an earlier call of the same `name` with another `key` or
+    other tasks are removed. A file that cannot be read is made again.
+
+    Args:
+        folder: of the results.
+        name: of this kind of work, for file names.
+        key: everything that the results depend on: nested dicts, lists and tuples of tensors, numbers and strings.
+        tasks: list of numbers, strings or tuples of them.
+        work: function of a task returning what `files.save` can write, on the CPU.
+
+    Returns:
+        List of the results, in the order of `tasks`.
+    """
+    folder, key = Path(folder) / PARTIAL, files.digest(key)
+    paths = {task: folder / f"{name}-{files.digest([key, task])[:16]}.pt" for task in tasks}
+
+    def finished():
+        for path in set(folder.glob(f"{name}-*.pt")) - set(paths.values()):
+            path.unlink(missing_ok=True)
+        found = {task: files.load_trusted(path) for task, path in paths.items()}
+        return {task: value["result"] for task, value in found.items() if value}
+
+    results = distributed.on_rank0(finished)
+    mine = distributed.share([task for task in tasks if task not in results])
+    for task in mine:
+        signals.stop_if_asked()
+        results[task] = work(task)
+        finished = {"result": results[task]}
+        files.save(paths[task], finished | {"digest": files.digest(finished)})
+    for found in distributed.gather({task: results[task] for task in mine}):
+        results |= found
+    return [results[task] for task in tasks]
+
+
+def forget_finished(folder, name):
+    """Remove the finished units called `name` of `folder`: their work stands in the results."""
+    partial = Path(folder) / PARTIAL
+    if distributed.is_rank0() and partial.is_dir():
+        for path in partial.glob(f"{name}-*.pt"):
+            path.unlink(missing_ok=True)
+        if not any(partial.iterdir()):
+            partial.rmdir()

@@ -1,0 +1,166 @@
+"""Steps, disk and memory of the five scripts, computed from their options alone: neither images nor experts are needed.
+
+`--dry_run`, the disk check before a run and `scripts/reproduce.py --list` share these numbers. All functions take
+`config`, the dict of a script's options (`vars(args)`), `info`, the `DatasetInfo`, and the number of training images.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+import networks
+from networks.reparam import ReparamModule
+
+from . import gradient_matching, multi_formation
+from . import trajectory_matching as matching
+
+TEST_IMAGES = 10_000  # of every data set of the paper
+TEST_BATCH = 1024  # of training.accuracy
+REPORT_BYTES = 10**6
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What one script takes.
+
+    Attributes:
+        steps: in words.
+        disk: bytes that it writes.
+        memory: function returning (least, most) bytes on a GPU, an estimate: the images of the data set and the tensors
+            that the largest graph saves. Trajectory matching needs least with --kept_steps 0, most if it keeps all.
+    """
+
+    steps: str
+    disk: int
+    memory: Callable[[], tuple]
+
+
+def experts(config, info, train_images):
+    """Return the `Size` of buffer_mtt.py."""
+    steps = config["num_experts"] * config["train_epochs"] * -(-train_images // config["batch_train"])
+    disk = _bytes(_network(config, info, config["model"])) * (config["train_epochs"] + 1) * config["num_experts"]
+    return Size(f"{steps} optimiser steps", disk, lambda: _training_memory(config, info, train_images))
+
+
+def mtt_distillation(config, info, train_images, num_experts):
+    """Return the `Size` of distill_mtt.py. What it writes are the trajectories of its transitions.
+
+    Args:
+        num_experts: experts in the buffers; at most --num_experts of them are used.
+    """
+    network, stages = _network(config, info, config["model"]), config["num_intervals"]
+    entries = (config["max_start_epoch"] + config["expert_epochs"] + 2) * (stages - config["start_interval"])
+
+    def memory():
+        subset, union = info.num_classes * config["ipc"], info.num_classes * config["ipc"] * stages
+        with torch.device("meta"):
+            step = matching.Step(torch.arange(min(config["batch_syn"] or subset, union)), lambda images: images)
+            student = ReparamModule(network)
+            start, labels = torch.zeros(student.numel), torch.zeros(union, dtype=torch.int64)
+            graph = matching.graph_bytes(student, start, _images(info, union), labels, step)
+        base = _data_bytes(config, info, train_images) + _bytes(network) * config["syn_steps"]
+        between = _training_bytes(network, info, config["batch_train"])  # evaluation and transition
+        # The way back through a graph needs about as much again.
+        return tuple(base + max(graphs * graph, between) for graphs in (2, config["syn_steps"] + 1))
+
+    return Size(
+        f"{stages} stages of {config['Iteration']} iterations of {config['syn_steps']} student steps",
+        _bytes(network) * entries * min(num_experts, config["num_experts"]),
+        memory,
+    )
+
+
+def mtt_evaluation(config, info, train_images, pool):
+    """Return the `Size` of evaluate_mtt.py for networks of the architectures in `pool`."""
+    counts = {name: config["num_experts"] if name == config["model"] else config["num_eval"] for name in pool}
+    words = ", ".join(f"{count} networks of {name}" for name, count in counts.items())
+    return Size(
+        f"{config['num_intervals']} stages of {config['epoch_eval_train']} epochs for {words}",
+        REPORT_BYTES,
+        lambda: _training_memory(config, info, train_images, pool),
+    )
+
+
+def idc_distillation(config, info, train_images):
+    """Return the `Size` of distill_idc.py. What it writes are the unions of all stages and its state."""
+    stages = config["num_intervals"]
+
+    def memory():
+        images, limit = config["ipc"] * stages, config["batch_syn_max"]
+        pieces = multi_formation.decode_plan(images, config["factor"], config["decode_type"], limit)
+        decoded = min(limit, sum((last - first) * factor**2 for first, last, factor in pieces))
+        real, synthetic = _images(info, config["batch_real"]), _images(info, decoded).requires_grad_()
+        network = _network(config, info)
+        options = [config[name] for name in ("match", "metric", "bias", "fc", "f_idx")]
+        graph = matching.saved_bytes(lambda: gradient_matching.matching_loss(network, real, synthetic, 0, *options))
+        # The way back through a graph needs about as much again.
+        work = max(2 * graph, _training_bytes(network, info, config["batch_size"]))
+        return (_data_bytes(config, info, train_images) + work,) * 2
+
+    return Size(
+        f"{stages} stages of {idc_iterations(config)} outer iterations of {config['inner_loop']} sweeps over "
+        f"{info.num_classes} classes",
+        info.num_classes * config["ipc"] * _images(info, 1).nbytes * (stages * (stages + 1) // 2 + 3),
+        memory,
+    )
+
+
+def idc_iterations(config):
+    """Return the outer iterations of a stage."""
+    return max(1, int(config["niter"] * 100 / config["inner_loop"] + 1e-9))
+
+
+def idc_evaluation(config, info, train_images):
+    """Return the `Size` of evaluate_idc.py."""
+    stages, pool = 1 if config["last_only"] else config["num_intervals"], config["eval_models"]
+    return Size(
+        f"{stages} stages of {config['epochs']} epochs for {config['repeat']} networks of each of {', '.join(pool)}",
+        REPORT_BYTES,
+        lambda: _training_memory(config, info, train_images, pool),
+    )
+
+
+def _network(config, info, name="self"):
+    """Return a network without values (device meta): the named one, or the IDC distillation's own."""
+    shape = (info.channel, info.num_classes, info.im_size)
+    with torch.device("meta"):
+        if name == "self":
+            return networks.idc_network(
+                config["net_type"], *shape, config["depth"], config["width"], config["norm_type"]
+            )
+        return networks.get_network(name, *shape)
+
+
+def _images(info, count):
+    return torch.zeros(count, info.channel, info.im_size, info.im_size, device="meta")
+
+
+def _bytes(network):
+    return sum(parameter.nbytes for parameter in network.parameters())
+
+
+def _data_bytes(config, info, train_images):
+    """Return the bytes of all real images on the device: uint8, or float32 if they are whitened."""
+    return (train_images + TEST_IMAGES) * info.channel * info.im_size**2 * (4 if config.get("zca") else 1)
+
+
+def _training_memory(config, info, train_images, pool=None):
+    """Return (least, most) bytes for training networks one after the other."""
+    pool, batch = pool or [config["model"]], config.get("batch_train") or config["batch_size"]
+    largest = max(_training_bytes(_network(config, info, name), info, batch) for name in pool)
+    return (_data_bytes(config, info, train_images) + largest,) * 2
+
+
+def _training_bytes(network, info, batch):
+    """Return the bytes for training a network on minibatches of `batch` images, and for testing it."""
+    labels = torch.zeros(batch, dtype=torch.int64, device="meta")
+    graph = matching.saved_bytes(lambda: F.cross_entropy(network(_images(info, batch)), labels))
+    outputs = []
+    for module in network.modules():
+        module.register_forward_hook(lambda _module, _input, output: outputs.append(output.nbytes))
+    with torch.no_grad():
+        network(_images(info, TEST_BATCH))
+    # Parameters, gradients and momentum; a layer's input and output beside the output of the layer before.
+    return 3 * _bytes(network) + max(graph, 3 * max(outputs))

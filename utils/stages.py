@@ -1,0 +1,114 @@
+"""What stages need of networks: the transition between two of them, and training on the unions in their order."""
+
+import numpy as np
+import torch
+
+from . import training
+from .run import distributed
+from .run.checkpoint import finish_each
+from .run.streams import stream
+from .trajectories import BufferWriter, record_trajectory
+
+
+def evaluation_config(epochs, lr, batch_size, dsa, window=None, samples=1):
+    """Return MTT's way of training on synthetic images: momentum 0.9, weight decay 5e-4, lr × 0.1 after half."""
+    milestones = ((epochs // 2 + 1, 0.1),)
+    return training.TrainConfig(epochs, float(lr), 0.9, 5e-4, batch_size, dsa, milestones, window, samples)
+
+
+def train_and_test(make_network, count, images, config, test, seed, keys, folder):
+    """Train `count` networks on the union and test them: the evaluation inside a stage of PDD+MTT.
+
+    Args:
+        make_network: function of k returning network k at its start.
+        images: `ImageDataset` of the union.
+        config: `TrainConfig`.
+        test: `ImageDataset` to measure accuracies on.
+        seed, keys: of the random streams; network k adds k.
+        folder: keeps each finished network's accuracy if the run is interrupted.
+
+    Returns:
+        List of `count` accuracies in percent.
+    """
+
+    def train(numbers):
+        members = [make_network(k) for k in numbers]
+        training.train_together(members, images, config, seed, [(*keys, k) for k in numbers])
+        return [training.accuracy(member, test) for member in members]
+
+    # On a GPU the networks of a rank train as one.
+    hands = distributed.deal(range(count)) if images.labels.is_cuda else [(k,) for k in range(count)]
+    key = [seed, list(keys), images.images, config.lr, config.epochs]
+    found = finish_each(folder, "evaluation", key, hands, train)
+    accuracies = {
+        k: value for hand, values in zip(hands, found, strict=True) for k, value in zip(hand, values, strict=True)
+    }
+    return [accuracies[k] for k in range(count)]
+
+
+def transition(make_network, experts, union, config, real, real_config, folder, group, seed, stage, after_expert):
+    """Between two stages: every expert network is trained on the union, then on real data into new trajectories.
+
+    Args:
+        make_network: function of a flat parameter vector returning a network with these parameters.
+        experts: `Experts` of the stage that ends.
+        union: `ImageDataset` of its best union.
+        config: `TrainConfig` for the union.
+        real: `ImageDataset` of the real images.
+        real_config: `TrainConfig` for them; its epochs are the trajectory's length minus one.
+        folder: of the stage that ends; receives the replay buffers of the next stage.
+        group: trajectories of one replay buffer.
+        seed, stage: of the random streams.
+        after_expert: called without arguments after each.
+    """
+    writer = BufferWriter(folder, len(experts), group)
+    distributed.on_rank0(writer.merge)
+    for k in distributed.share(distributed.on_rank0(writer.missing)):
+        network = make_network(experts.parameters(k, 0))
+        training.train(network, union, config, seed, ("transition", stage, k))
+        trajectory = record_trajectory(network, real, real_config, seed, ("trajectory", stage, k))
+        writer.add(k, trajectory, alone=distributed.size() == 1)
+        after_expert()
+    distributed.barrier()
+    distributed.on_rank0(writer.merge)
+
+
+def staged_accuracies(network, unions, config_of, test, seed, keys):
+    """Train one network on union 1, then union 2, …, carrying the momentum of SGD on, and test it after each.
+
+    Args:
+        network: at its start; trained in place.
+        unions: list of `ImageDataset`s, in order.
+        config_of: function of the stage's index (from 0) returning its `TrainConfig`.
+        test: `ImageDataset` to test on.
+        seed, keys: of the random streams; each stage adds its index.
+
+    Returns:
+        List of accuracies in percent, one for each stage.
+    """
+    accuracies, optimizer = [], None
+    for index, union in enumerate(unions):
+        optimizer = training.train(network, union, config_of(index), seed, (*keys, index), optimizer)
+        accuracies.append(training.accuracy(network, test))
+    return accuracies
+
+
+def random_unions(real, ipc_totals, seed, keys):
+    """Return the unions of a distillation that learned nothing: random real images of equal number.
+
+    Args:
+        real: `RealData`.
+        ipc_totals: images of each class after each stage.
+        seed, keys: of the random stream.
+
+    Returns:
+        List of `ImageDataset`s; each union begins with the images of the one before.
+    """
+    rng = stream(seed, "random", *keys)
+    device = real.train.images.device
+    chosen = np.stack([real.random_indices(c, max(ipc_totals), rng) for c in range(real.info.num_classes)])
+    unions = []
+    for total in ipc_totals:
+        index = torch.from_numpy(chosen[:, :total].reshape(-1)).to(device)
+        unions.append(type(real.train)(*real.train.batch(index)))
+    return unions

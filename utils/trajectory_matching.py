@@ -1,0 +1,445 @@
+"""Trajectory matching (MTT, Cazenavette et al., CVPR 2022) with an exact adjoint instead of one long graph.
+
+The student makes N steps θ_{i+1} = θ_i − η g(θ_i, x_i) with g the gradient of the cross-entropy on minibatch x_i;
+the loss is L = ‖θ_N − θ*‖² / ‖θ_0 − θ*‖². Its derivatives follow from the adjoint recursion
+
+    λ_N = ∂L/∂θ_N,   λ_i = λ_{i+1} − η H_i λ_{i+1},
+    ∂L/∂x_i = −η (∂g/∂x_i)ᵀ λ_{i+1},   ∂L/∂η = −Σ_i ⟨g_i, λ_{i+1}⟩,
+
+for which one step's graph at a time is enough: memory does not grow with N, for the vectors θ_i wait outside of it, in
+a file (CPU) or in the host's memory (GPU). Steps whose graph is retained from the way forward are not computed again.
+The result is the gradient of plain unrolling, not an approximation of it.
+
+g, H_i λ and the derivatives with respect to the inputs are sums over the minibatch. So several ranks can share a
+student: each holds the graphs of its part of every minibatch, and the parts of g and H_i λ are summed over the ranks.
+"""
+
+import contextlib
+import dataclasses
+import tempfile
+
+import torch
+from torch.nn import functional as F
+
+from networks.reparam import flatten
+
+from .augment import DSA, random_windows
+from .run import distributed
+from .run.device import to_device
+from .run.distributed import ALONE
+from .run.errors import UserError
+from .run.streams import stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One student step: which images of the union it sees, and the augmentation drawn for them.
+
+    Attributes:
+        index: (B,) int64, positions in the union, each at most once.
+        augment: function of images (B, C, H, W) to the student's input (B', C, h, w); B' a multiple of B (texture
+            mode draws several windows of each canvas).
+    """
+
+    index: torch.Tensor
+    augment: callable
+
+    def labels(self, labels, count):
+        """Return the labels of the `count` inputs of this step."""
+        chosen = labels[self.index]
+        return chosen.repeat(count // len(chosen))
+
+
+def plan_batches(total, batch, steps, rng):
+    """Draw the minibatches of one iteration: random permutations of the union, cut into batches.
+
+    Args:
+        total: images of the union.
+        batch: images in a minibatch; the last of a permutation may be smaller.
+        steps: student steps.
+        rng: numpy.random.Generator.
+
+    Returns:
+        List of `steps` int64 arrays.
+    """
+    chunks = []
+    while len(chunks) < steps:
+        order = rng.permutation(total)
+        chunks += [order[start : start + batch] for start in range(0, total, batch)]
+    return chunks[:steps]
+
+
+def match(
+    student,
+    start,
+    target,
+    syn_lr,
+    images,
+    labels,
+    steps,
+    first_learned=0,
+    retained_graphs=0,
+    slice_size=None,
+    team=ALONE,
+):
+    """One matching iteration: the loss and its exact gradients.
+
+    Args:
+        student: `ReparamModule`.
+        start: (numel,) parameters the student starts from.
+        target: (numel,) parameters to arrive at.
+        syn_lr: 0-dim tensor η.
+        images: (N, C, H, W) the union of all stages in network space.
+        labels: (N,) int64.
+        steps: list of `Step`.
+        first_learned: images before this position are frozen; they get no gradient.
+        retained_graphs: how many of the last steps keep their graph on the way forward (0: constant memory; len(steps):
+            the speed and memory of plain unrolling).
+        slice_size: images of a minibatch whose graph is held at once; None for all. Exact for every network
+            without batch statistics.
+        team: `Team` of ranks that share this iteration, all with the same arguments but retained_graphs; exact for the
+            same networks.
+
+    Returns:
+        (loss 0-dim, gradient of images[first_learned:], gradient of syn_lr 0-dim), all detached. In a team the loss
+        is the whole one, and each rank has its own part of the gradients: their sum over the team is the gradient.
+    """
+    first_retained = len(steps) - retained_graphs
+    thetas, retained = _Stack(start), {}
+    theta = start
+    for number, step in enumerate(steps):
+        keep = number >= first_retained
+        graphs = _gradient_graphs(student, theta, images, labels, step, slice_size, keep, team)
+        if keep:
+            graphs = retained[number] = list(graphs)
+        else:
+            thetas.push(theta)
+        gradient = team.all_reduce_sum(_total((part.gradient.detach() for part in graphs), theta))
+        theta = theta - syn_lr * gradient
+
+    scale = 1 / (start - target).square().sum()
+    loss = (theta - target).square().sum() * scale
+    adjoint = 2 * scale * (theta - target)
+    images_gradient = torch.zeros_like(images)
+    lr_gradient = torch.zeros_like(syn_lr)
+    for number in reversed(range(len(steps))):
+        step = steps[number]
+        graphs = retained.pop(number, None)
+        if graphs is None:
+            graphs = _gradient_graphs(student, thetas.pop(), images, labels, step, slice_size, True, team)
+        products, input_gradients = [], []
+        for part in graphs:
+            lr_gradient -= part.gradient.detach() @ adjoint
+            # The first step's λ is of no use to anybody.
+            product, input_gradient = part.vjp(adjoint, of_theta=number > 0)
+            products.append(product)
+            input_gradients.append(input_gradient)
+        if input_gradients:
+            pulled = _pull_back(images, step, torch.cat(input_gradients), team)
+            images_gradient.index_add_(0, step.index, -syn_lr * pulled)
+        if number:
+            adjoint = adjoint - syn_lr * team.all_reduce_sum(_total(products, adjoint))
+    # Frozen images take part in the sums as well: telling them apart would wait for the device in every step.
+    return loss, images_gradient[first_learned:], lr_gradient
+
+
+class _Stack:
+    """A stack of equal tensors outside of the device's memory.
+
+    Those of a CUDA GPU go to the host, without waiting for either. Those of a CPU go to a file without a name in the
+    folder for temporary files (TMPDIR), which the system caches as long as memory is free. Where there is no room, and
+    on other devices, they stay in memory.
+    """
+
+    def __init__(self, like):
+        self.like, self.count, self.memory = like, 0, {}
+        self.file = None
+
+    def push(self, tensor):
+        """Put `tensor` on top; the caller may not change it afterwards."""
+        self.memory[self.count] = tensor
+        if self.like.is_cuda:
+            with contextlib.suppress(RuntimeError):  # the host may refuse to pin
+                host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+                self.memory[self.count] = host.copy_(tensor, non_blocking=True)
+        elif self.like.device.type == "cpu":
+            with contextlib.suppress(OSError):
+                self._write(tensor)
+                del self.memory[self.count]
+        self.count += 1
+
+    def pop(self):
+        """Return the top tensor and take it off."""
+        self.count -= 1
+        if self.count in self.memory:
+            return self.memory.pop(self.count).to(self.like.device, non_blocking=True)
+        tensor = torch.empty_like(self.like)
+        self.file.seek(self.count * tensor.nbytes)
+        if self.file.readinto(_bytes(tensor)) != tensor.nbytes:
+            raise RuntimeError("the temporary file of the student's parameters was cut off")
+        return tensor
+
+    def _write(self, tensor):
+        if self.file is None:
+            self.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed with the stack)
+        self.file.seek(self.count * tensor.nbytes)
+        if self.file.write(_bytes(tensor)) != tensor.nbytes:
+            raise OSError("no room for the whole tensor")
+
+
+def _bytes(tensor):
+    """Return the memory of a contiguous tensor of the CPU, without a copy."""
+    return tensor.detach().view(torch.uint8).numpy()
+
+
+def _total(tensors, like):
+    """Return the sum of `tensors`, zeros if a rank has none."""
+    total = sum(tensors)
+    return total if isinstance(total, torch.Tensor) else torch.zeros_like(like)
+
+
+class _Graph:
+    """One slice of one step by autograd: the gradient g as a function of θ and the inputs."""
+
+    saved = ()  # saved tensors are held by autograd
+
+    def __init__(self, student, theta, inputs, targets, total, keep):
+        self.inputs, self.theta = inputs.detach().requires_grad_(keep), theta.detach().requires_grad_()
+        loss = F.cross_entropy(student(self.theta, self.inputs), targets, reduction="sum") / total
+        (self.gradient,) = torch.autograd.grad(loss, self.theta, create_graph=keep)
+
+    def vjp(self, vector, of_theta):
+        """Return (∂g/∂θ)ᵀ `vector`, None if it is not wanted, and (∂g/∂x)ᵀ `vector`."""
+        wanted = [self.theta, self.inputs] if of_theta else [self.inputs]
+        *product, inputs = torch.autograd.grad(self.gradient, wanted, vector)
+        return product[0] if product else None, inputs
+
+
+class _Explicit:
+    """One slice of one step by the derivatives that networks/explicit.py writes out."""
+
+    def __init__(self, student, theta, inputs, targets, total, keep):
+        self.student, self.theta, self.total = student, theta, total
+        gradients, saved = student.gradient(student.parts(theta), inputs, targets, total)
+        self.gradient = flatten(gradients)
+        self.saved = saved if keep else ()
+
+    def vjp(self, vector, of_theta):
+        """Return (∂g/∂θ)ᵀ `vector`, None if it is not wanted, and (∂g/∂x)ᵀ `vector`."""
+        parts = self.student.parts
+        products, inputs = self.student.vjp(parts(self.theta), self.saved, parts(vector), self.total, of_theta)
+        return flatten(products) if of_theta else None, inputs
+
+
+def _gradient_graphs(student, theta, images, labels, step, slice_size, keep, team):
+    """Yield the slices of this rank's part of g(θ, x) of one step, with what their products need if `keep`."""
+    with torch.no_grad():
+        inputs = step.augment(images[step.index])
+    targets = step.labels(labels, len(inputs))
+    first, last = team.part(len(inputs))
+    size = slice_size or len(inputs)
+    kind = _Explicit if student.written_out(inputs) else _Graph
+    for begin in range(first, last, size):
+        part = slice(begin, min(begin + size, last))
+        yield kind(student, theta, inputs[part], targets[part], len(inputs), keep)
+
+
+def _pull_back(images, step, gradient, team):
+    """Return the gradient of the chosen images from that of this rank's part of the augmented ones."""
+    chosen = images[step.index].detach().requires_grad_()
+    with torch.enable_grad():
+        augmented = step.augment(chosen)
+    if len(gradient) < len(augmented):
+        first, last = team.part(len(augmented))
+        own, gradient = gradient, torch.zeros_like(augmented)
+        gradient[first:last] = own
+    if augmented is chosen:
+        return gradient
+    return torch.autograd.grad(augmented, chosen, gradient)[0]
+
+
+def choose_retained_graphs(wanted, student, start, synthetic, steps, slice_size=None, team=ALONE):
+    """Turn the option --kept_steps into a number: `auto` retains as many graphs as fit half of the free memory.
+
+    The graph of one step is measured, not estimated: the bytes of all tensors that it saves for the way back.
+
+    Returns:
+        int, 0 to len(steps).
+    """
+    if wanted != "auto":
+        return min(int(wanted), len(steps))
+    largest = max(steps, key=lambda step: len(step.index))
+    size = graph_bytes(student, start, synthetic.images, synthetic.labels, largest, slice_size, team)
+    # The way back through a graph needs about as much again while it runs.
+    fits = int(free_memory(start.device) / 2 / max(size, 1)) - 1
+    return max(0, min(fits, len(steps)))
+
+
+def graph_bytes(student, theta, images, labels, step, slice_size=None, team=ALONE):
+    """Return the bytes that one student step keeps; arguments as for `match`, also on the device meta."""
+    return saved_bytes(lambda: list(_gradient_graphs(student, theta, images, labels, step, slice_size, True, team)))
+
+
+def saved_bytes(make):
+    """Return the bytes of all tensors that what `make()` returns keeps for the way back.
+
+    Args:
+        make: returns tensors with a graph, or a list of slices of a step.
+    """
+    stores = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        stores[id(storage)] = storage  # kept: on the device meta they have no address to tell them by
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        graph = make()
+    for part in graph if isinstance(graph, list) else ():
+        for tensor in part.saved:
+            pack(tensor)
+    size = sum(storage.nbytes() for storage in stores.values())
+    del graph
+    return size
+
+
+def free_memory(device):
+    """Return the bytes that this process can still allocate on `device`; ranks of one machine share its memory."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024 // distributed.local_size()
+    except OSError:
+        pass
+    return 4 * 2**30  # no way to ask: assume what any current machine has
+
+
+@dataclasses.dataclass(frozen=True)
+class TrajectoryMatchConfig:
+    """How PDD+MTT matches.
+
+    Attributes:
+        batch_syn: images of a student's minibatch.
+        syn_steps: student steps N.
+        expert_epochs: from the expert's start entry to its target entry.
+        max_start_epoch: number of possible start epochs, the first of them `first_start_epoch`.
+        dsa: applied to every minibatch; None for none.
+        window, samples: of texture mode: pixels of the random windows shown of canvases (None: whole images), and how
+            many of each.
+        trajectories: experts whose gradients are averaged in one iteration.
+        retained_graphs: number of student steps, or auto; see `choose_retained_graphs`.
+        slice_size: as for `match`.
+    """
+
+    batch_syn: int
+    syn_steps: int
+    expert_epochs: int
+    max_start_epoch: int
+    first_start_epoch: int = 0
+    dsa: DSA | None = None
+    window: int | None = None
+    samples: int = 1
+    trajectories: int = 1
+    retained_graphs: int | str = "auto"
+    slice_size: int | None = None
+
+
+class TrajectoryMatcher:
+    """Matches the trajectories of experts, spread over the ranks.
+
+    Args:
+        student: `ReparamModule`.
+        experts: `Experts`.
+        synthetic: `SyntheticSet` with syn_lr.
+        config: `TrajectoryMatchConfig`.
+        seed, stage: of the random streams.
+    """
+
+    def __init__(self, student, experts, synthetic, config, seed=0, stage=1):
+        self.student, self.experts, self.synthetic, self.config = student, experts, synthetic, config
+        self.seed, self.stage = seed, stage
+        # Statistics of a batch would be those of a part of it.
+        splits = not any(True for _ in student.network.buffers())
+        self.team, self.trajectories = distributed.form_teams(config.trajectories, splits)
+        self.retained_graphs = None
+
+    def backward(self, iteration):
+        """Fill learned.grad and syn_lr.grad of the synthetic set; returns the loss (0-dim)."""
+        synthetic, config = self.synthetic, self.config
+        total = [torch.zeros_like(value) for value in (synthetic.syn_lr, synthetic.learned, synthetic.syn_lr)]
+        for trajectory in self.trajectories:
+            start, target, steps = self.plan(iteration * config.trajectories + trajectory)
+            if self.retained_graphs is None:
+                self.retained_graphs = choose_retained_graphs(
+                    config.retained_graphs, self.student, start, synthetic, steps, config.slice_size, self.team
+                )
+            loss, *gradients = match(
+                self.student,
+                start,
+                target,
+                synthetic.syn_lr,
+                synthetic.images,
+                synthetic.labels,
+                steps,
+                synthetic.first_learned,
+                self.retained_graphs,
+                config.slice_size,
+                self.team,
+            )
+            # Every rank of a team has the whole loss.
+            found = [loss / self.team.count, *gradients]
+            total = [whole.add_(part) for whole, part in zip(total, found, strict=True)]
+        loss, *gradients = [distributed.all_reduce_sum(value).div_(config.trajectories) for value in total]
+        synthetic.learned.grad, synthetic.syn_lr.grad = gradients
+        return loss
+
+    def plan(self, number):
+        """Draw trajectory `number` of this stage: expert, start epoch, minibatches and their augmentation.
+
+        Returns:
+            (start parameters, target parameters, list of `Step`).
+        """
+        config, device = self.config, self.synthetic.images.device
+        rng = stream(self.seed, "matching", self.stage, number)
+        turn, position = divmod(number, len(self.experts))
+        expert = self.experts.order(stream(self.seed, "experts", self.stage, turn))[position]
+        epoch = config.first_start_epoch + int(rng.integers(config.max_start_epoch))
+        start = self.experts.parameters(expert, epoch).to(device, non_blocking=True)
+        target = self.experts.parameters(expert, epoch + config.expert_epochs).to(device, non_blocking=True)
+        steps = []
+        for index in plan_batches(len(self.synthetic), config.batch_syn, config.syn_steps, rng):
+            steps.append(Step(to_device(index, device), self._augmentation(len(index), rng)))
+        return start, target, steps
+
+    def _augmentation(self, count, rng):
+        """Draw the augmentation of a minibatch; returns a deterministic function of its images."""
+        config = self.config
+        window_seed = rng.integers(2**63) if config.window else None
+        draw = config.dsa.draw(count * (config.samples if config.window else 1), rng) if config.dsa else []
+
+        def augment(x):
+            if config.window:
+                x = random_windows(x, stream(window_seed), config.window, config.samples)
+            return config.dsa.apply(x, draw) if draw else x
+
+        return augment
+
+
+def check_finite(iteration, loss, synthetic):
+    """Stop before a broken value is saved.
+
+    Raises:
+        UserError: loss, an image or syn_lr is NaN or infinite; the message names the options to change.
+    """
+    values = {"the loss": loss, "a synthetic image": synthetic.learned, "syn_lr": synthetic.syn_lr}
+    broken = [name for name, value in values.items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise UserError(
+            f"iteration {iteration}: {' and '.join(broken)} became NaN or infinite; the files of the last good "
+            "evaluation are kept; lower --lr_img, --lr_lr or --lr_teacher, or raise --expert_epochs (for few real "
+            "images: experts with --batch_train 16 and more --train_epochs, then --lr_lr 1e-06 --lr_img 100)"
+        )
