@@ -19,7 +19,7 @@ import contextlib
 import re
 
 from utils import options, sizes, training
-from utils.augment import DSA
+from utils.augment import DSA, DCAugment
 from utils.options import COUNT, FLAG, FRACTION, POSITIVE, RATE, RESUMABLE_CHANGES, Parser, mtt
 from utils.results.provenance import check_data
 from utils.run import distributed, files
@@ -81,6 +81,8 @@ def main():
     args = parse()
     device = setup_device(args.device)
     folder = buffer_folder(args.buffer_path, mtt.dataset_subdir(args), args.model, args.zca)
+    if args.use_random_pruning:
+        folder = folder.with_name(f"{folder.name}_random_pruning_{args.sparse_ratio}")
     real = mtt.load_data(args, device).held_out(args.val_fraction)
     options.check_network(args.model, real)
     size = sizes.experts(vars(args), real.info, len(real.train))
@@ -125,7 +127,7 @@ def locked(folder, shard):
 
 
 def made_elsewhere(folder, wanted):
-    """Return how many experts `folder` holds that this script did not record; 0 if they are its own.
+    """Return how many experts `folder` holds that other code recorded; 0 if this script did.
 
     Raises:
         UserError: fewer than `wanted`.
@@ -149,12 +151,14 @@ def find_missing(args, folder, info, size):
     """
     config = {name: value for name, value in vars(args).items() if name != "shard"}
     free, defaults = (*RESUMABLE_CHANGES, "num_experts"), {"val_fraction": 0.0}
-    begun = files.check_config(folder, config, free, BUFFER_CONFIG, defaults, fingerprint=info.fingerprint)
+    more = {"fingerprint": info.fingerprint, "behaviour": options.BEHAVIOUR}
+    begun = files.check_config(folder, config, free, BUFFER_CONFIG, defaults, **more)
     check_data(folder / BUFFER_CONFIG, begun.get("fingerprint"), info)
     writer = BufferWriter(folder, args.num_experts, args.save_interval)
     if not args.shard:
         writer.merge()
     missing = writer.missing()
+    options.refuse_other_behaviour(folder, begun, args.dsa or not missing)  # DSA's experts are what they were
     if args.shard:
         number, shards = args.shard
         missing = [expert for expert in missing if expert % shards == number - 1]
@@ -164,7 +168,7 @@ def find_missing(args, folder, info, size):
 
 def record(args, real, folder, missing):
     """Train the `missing` experts, each from its own random stream, spread over the ranks."""
-    dsa = DSA(args.dsa_strategy) if args.dsa else None
+    dsa = DSA(args.dsa_strategy) if args.dsa else DCAugment()
     milestones = ((args.train_epochs // 2 + 1, 0.1),) if args.decay else ()
     config = training.TrainConfig(
         args.train_epochs, args.lr_teacher, args.mom, args.l2, args.batch_train, dsa, milestones
@@ -176,7 +180,8 @@ def record(args, real, folder, missing):
         masks = None
         if args.use_random_pruning:
             masks = training.random_masks(network, args.sparse_ratio, stream(args.seed, "pruning", expert))
-        progress = Progress(args.train_epochs, f"expert {expert + 1}/{args.num_experts}, epoch")
+        states = writer.states(expert)
+        progress = Progress(args.train_epochs, f"expert {expert + 1}/{args.num_experts}, epoch", states.count())
         trajectory = record_trajectory(
             network,
             real.train,
@@ -184,7 +189,7 @@ def record(args, real, folder, missing):
             args.seed,
             ("expert", expert, "train"),
             masks,
-            writer.states(expert),
+            states,
             lambda _epoch, loss, progress=progress: progress.update(loss=loss),
         )
         if not all(bool(tensor.isfinite().all()) for tensor in trajectory[-1]):

@@ -3,9 +3,9 @@
     # CIFAR-10, 10 images per class in 5 stages of 2
     python -u distill_idc.py --reproduce -d cifar10 -f 2 --ipc 2 --data_dir data --tag progressive --niter 2000
 
-Each stage learns ipc images of every class, conditioned on the frozen ones of the stages before: the networks whose
-gradients are matched are first trained on the earlier unions. The same command again continues an interrupted run;
---start-interval i begins at stage i (from 0) from what is on disk. The files are
+Each stage learns ipc images of every class while those of earlier stages stay frozen: they are part of every synthetic
+batch, and the networks whose gradients are matched are first trained on the earlier unions. The same command again
+continues an interrupted run; --start-interval i begins at stage i (from 0) from what is on disk. The files are
 results/{dataset}/{folder}/interval_{i}_data.pt: [images (N, C, H, W) in [0, 1], labels (N,)], class after class.
 
     # all GPUs of a machine: the classes of every sweep and the networks of transitions and evaluations are spread
@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
-from utils import multi_formation, options, sizes, training
+from utils import forgetting, multi_formation, options, sizes, training
 from utils.augment import DSA
-from utils.gradient_matching import GradientMatchConfig, GradientMatcher
+from utils.gradient_matching import GradientMatchConfig, GradientMatcher, feature_range
 from utils.options import COUNT, FLAG, NATURAL, Parser
 from utils.options import idc as idc_options
-from utils.pretrained import load_pretrained, pretrain
+from utils.pretrained import find_pretrained, load_pretrained, pretrain
 from utils.results import known, names, report
 from utils.results.provenance import DATA, check_result
 from utils.run import distributed, files
@@ -39,6 +39,7 @@ from utils.stages import staged_accuracies
 from utils.students import Student, StudentConfig
 from utils.synthetic import empty_set, init_subset, load_idc, save_idc
 
+FORGETTING_EPOCHS = 10  # of a network that --drop_easy trains
 SAVE_EVERY = 50  # outer iterations
 OOM_ADVICE = "--batch_syn_max, --batch_real, --batch_size, --transition_batch 1 or a smaller --width"
 
@@ -54,6 +55,7 @@ def parse():
     parser = Parser(__doc__)
     idc_options.add_options(parser, "begin at this stage (from 0)")
     parser.add_options("evaluation in a stage", options.SELECT_ON)
+    parser.add_options("real images", options.DROP_EASY)
     parser.add_options("speed", SPEED)
     parser.add_options("machine", options.MACHINE)
     args = idc_options.resolve(parser)
@@ -76,8 +78,9 @@ def main():
     idc_options.check_network(args, real)
     run = Run(args, real)
     if args.pretrain:
-        config = idc_options.train_config(args, args.pt_from, real_images=True)
-        pretrain(run.pretrained, lambda k: run.new_network("pretrain", k), real, config, args.seed)
+        config = idc_options.train_config(args, run.pretrained_epochs[-1], real_images=True)
+        network = run.new_network("pretrain", args.seed)
+        pretrain(run.pretrained, network, real, config, args.seed, run.pretrained_epochs, run.held_out_suffix)
         return
     size = run.check()
     if args.dry_run:
@@ -104,20 +107,22 @@ def learn_subset(stage, run):
     for before in range(1, stage):
         if run.log_path(before).exists():  # log.txt will hold its rows
             read_rows(run.log_path(before))
-    synthetic = run.union(stage - 1).extended(*run.init_subset(stage))
-    matcher = GradientMatcher(run.real, synthetic, run.match_config())
-    student = run.student(stage, synthetic.union(stage - 1))
+    real = run.real_of(stage)
+    synthetic = run.union(stage - 1).extended(*run.init_subset(stage, real))
+    matcher = GradientMatcher(real, synthetic, run.match_config(), args.seed, stage - 1)
+    student = run.student(stage, synthetic.union(stage - 1), real)
     log, loss, done = Log(run.log_path(stage), args.wandb, vars(args)), torch.zeros((), device=run.device), {"outer": 0}
     state = {"images": synthetic.learned, "momentum": matcher.momentum_buffer, "student": student, "loss": loss,
              "done": done, "log": log}  # fmt: skip
     with run.checkpoint(stage, state) as checkpoint:
         if not checkpoint.iteration:
             run.save_grid(stage, "init", synthetic)
-        label = f"stage {stage}/{args.num_intervals}, outer iteration"
-        progress = Progress(run.outer_iterations, label, checkpoint.iteration // args.inner_loop)
-        for number in checkpoint.iterations(run.outer_iterations * args.inner_loop + 1):
+        sweeps = run.outer_iterations * args.inner_loop
+        progress = Progress(sweeps, f"stage {stage}/{args.num_intervals}, sweep", checkpoint.iteration)
+        begun = time.monotonic()
+        for number in checkpoint.iterations(sweeps + 1):
             outer, inner = divmod(number, args.inner_loop)
-            if inner == 0 and (outer > done["outer"] or (number == 0 and args.test)):
+            if inner == 0 and outer > done["outer"]:
                 finish_outer(stage, outer, loss / args.inner_loop, synthetic, log, run)
                 done["outer"] = outer
             if outer == run.outer_iterations:
@@ -128,12 +133,11 @@ def learn_subset(stage, run):
                 synthetic.learned.clamp_(0, 1)
                 student.begin(outer)
             student.broadcast()
-            loss += matcher.sweep(student.network, stream(args.seed, "sweep", stage - 1, outer, inner))
+            loss += matcher.sweep(student.network, number)
             student.train_on_real(outer, inner)
-            if inner == args.inner_loop - 1:
-                progress.update(loss=loss / args.inner_loop)
-                if args.time:
-                    progress.say(f"outer iteration {outer}: {time.monotonic() - begun:.2f} s")
+            progress.update(loss=loss / (inner + 1))
+            if args.time and inner == args.inner_loop - 1:
+                progress.say(f"outer iteration {outer}: {time.monotonic() - begun:.2f} s")
         progress.close()
         log.close()
     run.finish(stage)
@@ -148,11 +152,10 @@ def finish_outer(stage, done, loss, synthetic, log, run):
             "before are kept; lower --lr_img or --lr"
         )
     accuracies = None
-    if done % SAVE_EVERY == 0 or last:  # done is 0 with --test
-        if done:
-            run.save(stage, done, synthetic)
-        accuracies = evaluate(stage, done, synthetic.clamped(), run)
-    if done and (done % args.print_freq == 0 or last):
+    if done % SAVE_EVERY == 0 or last:
+        run.save(stage, done, synthetic)
+        accuracies = None if args.test else evaluate(stage, done, synthetic.clamped(), run)
+    if done % args.print_freq == 0 or last:
         log.write(stage=stage - 1, iteration=done, loss=float(loss))
     if accuracies:
         mean, std = report.mean_std(accuracies)
@@ -170,11 +173,12 @@ def evaluate(stage, done, synthetic, run):
     def train(k):
         keys = ("evaluation", stage - 1, done, k)
         network = run.new_network(*keys)
-        accuracies = staged_accuracies(network, unions, lambda _: config, run.real.selection, args.seed, keys)
+        test = run.real.selection
+        accuracies = staged_accuracies(network, unions, lambda _: config, test, args.seed, keys, carry=False)
         if args.save_ckpt:
             path = run.folder / f"interval_{stage - 1}_network_{k}.pt"
             files.save(path, training.state_on_cpu(network))
-        return accuracies[-1]
+        return accuracies[-1][-1]
 
     key = [options.config_of(args), stage, done, synthetic.images]
     return finish_each(run.folder, "evaluation", key, list(range(args.repeat)), train)
@@ -188,11 +192,9 @@ class Run:
         self.folder = idc_options.result_folder(args)
         self.measured = names.MEASURED_ON[args.select_on]
         self.outer_iterations = sizes.idc_iterations(vars(args))
-        held_out = f"_val{args.val_fraction:g}" if args.select_on == "val" else ""
-        pretrained = Path("pretrained") / idc_options.dataset_subdir(args) / names.idc_model(vars(args))
-        self.pretrained = [
-            pretrained / f"network_{number}_epoch{args.pt_from}{held_out}.pt" for number in range(args.pt_num)
-        ]
+        self.pretrained = Path("pretrained") / idc_options.dataset_subdir(args) / names.idc_model(vars(args))
+        self.pretrained_epochs = range(args.pt_from, args.pt_from + args.pt_num)
+        self.held_out_suffix = f"_val{args.val_fraction:g}" if args.select_on == "val" else ""
 
     def check(self):
         """Refuse what cannot work before anything is written; returns the run's size."""
@@ -201,16 +203,18 @@ class Run:
             check_result(self.folder, self.real.info)
         self.union(first - 1)
         if args.pt_from >= 0:
-            for path in self.pretrained:
+            for path in find_pretrained(self.pretrained, self.pretrained_epochs, self.held_out_suffix):
                 load_pretrained(path, self.new_network("check"))
-        self.init_subset(first)
+        self.init_subset(first, self.real)
         options.warn_of_few_images(self.real, ipc=args.ipc * args.num_intervals)
         return sizes.idc_distillation(vars(args), self.real.info, len(self.real.train))
 
     def claim(self):
         """Tie the folder to this run's options and data; write args.txt: one line for each option."""
         args, folder = self.args, self.folder
-        files.check_config(folder, vars(args), options.RESUMABLE_CHANGES, defaults=options.CONFIG_DEFAULTS)
+        begun = {"defaults": options.CONFIG_DEFAULTS, "behaviour": options.BEHAVIOUR}
+        content = files.check_config(folder, vars(args), options.RESUMABLE_CHANGES, **begun)
+        options.refuse_other_behaviour(folder, content, names.read_idc_stage(folder, args.num_intervals))
         known.save_info(folder, self.real.info)
         if not (folder / "args.txt").exists():
             with files.atomic(folder / "args.txt", "w") as file:
@@ -230,13 +234,31 @@ class Run:
             metric=args.metric,
             bias=args.bias,
             fc=args.fc,
-            f_idx=args.f_idx,
+            f_idx=feature_range(args.f_idx),
         )
 
-    def init_subset(self, stage):
+    def real_of(self, stage):
+        """Return the real data of `stage`: all, or with --drop_easy the images that are harder to learn."""
+        args = self.args
+        fraction = forgetting.dropped_fraction(args.drop_easy, stage, args.num_intervals)
+        if not fraction:
+            return self.real
+        config = idc_options.train_config(args, FORGETTING_EPOCHS, real_images=True)
+        key = [self.real.info.fingerprint, options.config_of(args)]
+
+        def compute():
+            return forgetting.training_scores(
+                lambda k: self.new_network("forgetting", k), config, self.real.train, args.seed
+            )
+
+        path, count = self.folder / forgetting.FILE, len(self.real.train)
+        scores = distributed.on_rank0(lambda: forgetting.cached(path, key, count, compute))
+        return forgetting.without_easy(self.real, scores, fraction)
+
+    def init_subset(self, stage, real):
         """Return the images that `stage` starts from, and their labels."""
         args, rng = self.args, stream(self.args.seed, "subset", stage - 1)
-        return init_subset(self.real, args.ipc, args.init, rng, factor=args.factor, pixels=True)
+        return init_subset(real, args.ipc, args.init, rng, factor=args.factor, pixels=True)
 
     def union(self, stage):
         """Return the union of `stage`; an empty one of stage 0."""
@@ -247,7 +269,7 @@ class Run:
     def new_network(self, *keys):
         return training.new_network(idc_options.network_spec(self.args), self.real, self.args.seed, *keys)
 
-    def student(self, stage, earlier):
+    def student(self, stage, earlier, real):
         """Return the `Student` of `stage` (from 1), conditioned on the union before."""
         args, config = self.args, idc_options.train_config
 
@@ -255,8 +277,9 @@ class Run:
             keys = ("student", stage - 1, number)
             if args.pt_from < 0:
                 return self.new_network(*keys)
-            chosen = int(stream(args.seed, "pretrained", *keys).integers(args.pt_num))
-            return load_pretrained(self.pretrained[chosen], self.new_network(*keys))
+            paths = find_pretrained(self.pretrained, self.pretrained_epochs, self.held_out_suffix)
+            chosen = paths[int(stream(args.seed, "pretrained", *keys).integers(len(paths)))]
+            return load_pretrained(chosen, self.new_network(*keys))
 
         settings = StudentConfig(
             earlier=config(args, max(1, args.epochs // 5)),
@@ -267,10 +290,11 @@ class Run:
             pool=args.transition_pool,
             batch=args.transition_batch,
         )
-        unions = [self.decoded(earlier.union(before)) for before in range(1, stage)]
+        # A pretrained network replaces one that earlier unions have taught.
+        unions = [] if args.pt_from >= 0 else [self.decoded(earlier.union(before)) for before in range(1, stage)]
         key = [options.config_of(args), stage, earlier.images]
-        last, train = self.outer_iterations, self.real.train
-        return Student(new_network, unions, train, settings, last, args.seed, stage - 1, self.folder, key)
+        loops = self.outer_iterations, args.inner_loop
+        return Student(new_network, unions, real.train, settings, *loops, args.seed, stage - 1, self.folder, key)
 
     def decoded(self, union):
         """Return the decoded images of a `SyntheticSet` to train on."""

@@ -22,7 +22,7 @@ from torch.optim import SGD
 
 import networks
 from networks.reparam import ReparamModule, set_flat
-from utils import options, sizes, stages, training
+from utils import forgetting, options, sizes, stages, training
 from utils.augment import DSA
 from utils.options import COUNT, FLAG, NATURAL, RATE, Parser, mtt
 from utils.results import known, names, report
@@ -38,15 +38,15 @@ from utils.synthetic import empty_set, init_subset, load_mtt, save_mtt
 from utils.trajectories import Experts, find_buffers, held_out_fraction, recorded_fingerprint
 from utils.trajectory_matching import TrajectoryMatcher, check_finite
 
-IMAGE_MOMENTUM = 0.5  # of both optimisers, images and syn_lr (MTT)
+SYN_MOMENTUM = 0.5  # of both optimisers, images and syn_lr (MTT)
 OOM_ADVICE = "--kept_steps 0, --slice_size, --batch_syn, --batch_train, --num_eval or a narrower --model"
 
 EXPERTS = [
     ("--buffer_path", str, "./buffers", "buffers of the experts: their root or their folder"),
-    ("--max_files", COUNT, None, "use this many buffer files (default: all)"),
+    ("--max_files", COUNT, None, "use this many buffer files, chosen at random (default: all)"),
     ("--max_experts", COUNT, None, "use this many experts of each file (default: all)"),
-    ("--num_experts", COUNT, 100, "use this many experts in all"),
-    ("--load_all", FLAG, False, "keep all buffer files in memory"),
+    ("--num_experts", COUNT, 100, f"{options.UNUSED}: all experts of the folder are matched"),
+    ("--load_all", FLAG, False, "keep all buffer files in memory and draw experts with replacement"),
 ]
 STAGES = [
     ("--num_intervals", COUNT, 1, "stages P"),
@@ -90,14 +90,14 @@ def parse():
     parser = Parser(__doc__)
     parser.add_options("data", mtt.DATA + mtt.AUGMENTATION)
     parser.add_options("experts", EXPERTS)
-    parser.add_options("stages", mtt.EXPERIMENT + STAGES)
+    parser.add_options("stages", mtt.EXPERIMENT + STAGES + options.DROP_EASY)
     parser.add_options("matching", MATCHING)
     parser.add_options("evaluation in a stage", STAGE_EVALUATION)
     parser.add_options("output", OUTPUT)
     parser.add_options("machine", options.MACHINE + options.SEED)
     args = parser.parse_args()
     if args.bf16 and args.compile:
-        parser.error("--compile and --bf16: expected one of them; the compiled steps are made for whole precision")
+        parser.error("--compile and --bf16: expected one of them; the compiled steps are made for full precision")
     if args.zca and args.texture:
         parser.error("--zca together with --texture: whitening mixes the pixels that windows take apart; choose one")
     if args.start_interval > args.num_intervals:
@@ -145,14 +145,15 @@ def distil_stage(stage, run):
 def learn_subset(stage, run):
     """Match trajectories for `Iteration` iterations; returns the summary of the best union, which is on disk."""
     args, experts = run.args, run.experts(stage)
-    subset = init_subset(run.real, args.ipc, args.pix_init, stream(args.seed, "subset", stage), run.canvas)
+    subset = init_subset(run.real_of(stage), args.ipc, args.pix_init, stream(args.seed, "subset", stage), run.canvas)
     synthetic = run.union(stage - 1).extended(*subset, syn_lr=torch.tensor(args.lr_teacher, device=run.device))
     config = mtt.match_config(args, run.real, run.dsa)
     matcher = TrajectoryMatcher(run.student, experts, synthetic, config, args.seed, stage)
     lr_lr = 1e-5 if args.dataset == "CIFAR10" and args.ipc == 1 and stage > 1 else args.lr_lr
-    images_sgd = SGD([synthetic.learned], args.lr_img, IMAGE_MOMENTUM)
-    syn_lr_sgd = SGD([synthetic.syn_lr], lr_lr, IMAGE_MOMENTUM)
-    best = {"accuracy": -1.0, "iteration": None}
+    # `learned` is a view of the union's images: a step of this optimiser moves them.
+    images_sgd = SGD([synthetic.learned], args.lr_img, SYN_MOMENTUM)
+    syn_lr_sgd = SGD([synthetic.syn_lr], lr_lr, SYN_MOMENTUM)
+    best = {"accuracy": -1.0, "iteration": None, "models": {}}
     log = Log(run.folder(stage) / "metrics.jsonl", args.wandb, vars(args))
     state = {"learned": synthetic.learned, "syn_lr": synthetic.syn_lr, "images_sgd": images_sgd,
              "syn_lr_sgd": syn_lr_sgd, "best": best, "log": log}  # fmt: skip
@@ -161,14 +162,18 @@ def learn_subset(stage, run):
         progress = Progress(args.Iteration, f"stage {stage}/{args.num_intervals}, iteration", checkpoint.iteration)
         for it in checkpoint.iterations(args.Iteration + 1):
             if it % args.eval_it == 0 or it == args.Iteration:
-                accuracy, std = evaluate(stage, it, synthetic, experts, run)
+                accuracies = evaluate(stage, it, synthetic, experts, matcher.loaded_experts(it), run)
+                accuracy, std = report.mean_std([value for values in accuracies.values() for value in values])
                 log.write(stage=stage, iteration=it, accuracy_mean=accuracy, accuracy_std=std)
                 progress.say(
                     f"stage {stage}, iteration {it}: {names.MEASURED_ON[args.select_on]} accuracy {accuracy:.2f} ± "
                     f"{std:.2f} %, syn_lr {float(synthetic.syn_lr):.5f}"
                 )
-                is_best = accuracy > best["accuracy"]
+                # A new best of any architecture counts, as published.
+                means = {name: report.mean_std(values)[0] for name, values in accuracies.items()}
+                is_best = any(mean > best["models"].get(name, -1.0) for name, mean in means.items())
                 if is_best:
+                    best["models"] = {name: max(mean, best["models"].get(name, -1.0)) for name, mean in means.items()}
                     best |= {"accuracy": accuracy, "iteration": it}
                     run.save(stage, "best", synthetic)
                 if is_best or it % 1000 == 0 or args.force_save:
@@ -187,24 +192,27 @@ def learn_subset(stage, run):
     return summary | {"best_accuracy": best["accuracy"], "best_iteration": best["iteration"], "complete": False}
 
 
-def evaluate(stage, iteration, synthetic, experts, run):
-    """Train the evaluation networks on the union; returns mean and standard deviation of their accuracies."""
+def evaluate(stage, iteration, synthetic, experts, starts, run):
+    """Train the evaluation networks on the union; returns {architecture: list of accuracies}.
+
+    Networks of the distillation's architecture start where the experts `starts` did.
+    """
     args = run.args
     if not float(synthetic.syn_lr) > 0:
         raise UserError(
             f"iteration {iteration}: syn_lr became {float(synthetic.syn_lr):.3g}, expected > 0; the files of the last "
             "good evaluation are kept; lower --lr_lr"
         )
-    accuracies = []
+    accuracies = {}
     for name in networks.eval_pool(args.eval_mode, args.model):
         keys = ("evaluation", stage, iteration, name)
 
         def network(k, name=name, keys=keys):
             if name == args.model:
-                return run.network_at(experts.parameters(k % len(experts), 0))
+                return run.network_at(experts.parameters(starts[k % len(starts)], 0))
             return training.new_network(name, run.real, args.seed, *keys, k)
 
-        accuracies += stages.train_and_test(
+        accuracies[name] = stages.train_and_test(
             network,
             args.num_eval,
             synthetic.dataset(),
@@ -214,13 +222,13 @@ def evaluate(stage, iteration, synthetic, experts, run):
             keys,
             run.folder(stage),
         )
-    return report.mean_std(accuracies)
+    return accuracies
 
 
 def transition(stage, run):
-    """Train every expert on the best union of `stage`, then on real data: the experts of the next stage."""
+    """Train every expert on the best union of `stage`, then on real data: trajectories of the next stage's experts."""
     args, experts, union = run.args, run.experts(stage), run.union(stage)
-    epochs = args.max_start_epoch + args.expert_epochs + 1
+    epochs = args.start_sampling_epoch + args.max_start_epoch + args.expert_epochs + 1
     real_config = training.TrainConfig(epochs, args.lr_teacher, args.mom, args.l2, args.batch_train, run.dsa)
     progress = Progress(len(distributed.share(range(len(experts)))), f"stage {stage}, transition, expert")
     stages.transition(
@@ -228,7 +236,7 @@ def transition(stage, run):
         experts,
         union.dataset(),
         run.union_config(union.syn_lr),
-        run.real.train,
+        run.real_of(stage + 1).train,
         real_config,
         run.folder(stage),
         args.save_interval,
@@ -264,7 +272,7 @@ class Run:
         experts = self.experts(first)
         self.union(first - 1)
         init_subset(self.real, args.ipc, args.pix_init, stream(args.seed, "subset", first), self.canvas)
-        options.warn_of_few_images(self.real, args.batch_train, args.ipc * args.num_intervals)
+        options.warn_of_few_images(self.real, ipc=args.ipc * args.num_intervals)
         if args.select_on == "val" and held_out_fraction(buffers) < args.val_fraction:
             log0(
                 f"warning: {buffers}: these experts have seen images that are held out now, so accuracies in a stage "
@@ -277,7 +285,10 @@ class Run:
     def claim(self):
         """Tie the experiment's folder to this run's options and data."""
         free, defaults = options.RESUMABLE_CHANGES, options.CONFIG_DEFAULTS
-        files.check_config(self.experiment, vars(self.args), free, defaults=defaults)
+        begun = {"defaults": defaults, "behaviour": options.BEHAVIOUR}
+        content = files.check_config(self.experiment, vars(self.args), free, **begun)
+        last = names.read_mtt_stage(self.folder(self.args.num_intervals))
+        options.refuse_other_behaviour(self.experiment, content, last.get("complete"))
         known.save_info(self.experiment, self.real.info)
 
     def folder(self, stage):
@@ -292,8 +303,25 @@ class Run:
     def experts(self, stage):
         args = self.args
         entries = args.start_sampling_epoch + args.max_start_epoch + args.expert_epochs
-        limits = args.max_files, args.max_experts, args.num_experts
-        return Experts(self.buffers(stage), self.student.shapes, entries, args.model, *limits, args.load_all)
+        chosen = args.max_files, args.max_experts, args.load_all, stream(args.seed, "files", stage)
+        return Experts(self.buffers(stage), self.student.shapes, entries, args.model, *chosen)
+
+    def real_of(self, stage):
+        """Return the real data of `stage`: all, or with --drop_easy the images that are harder to learn."""
+        args = self.args
+        fraction = forgetting.dropped_fraction(args.drop_easy, stage, args.num_intervals)
+        if not fraction:
+            return self.real
+        experts, network = self.experts(1), training.new_network(args.model, self.real, args.seed, "student")
+        ends = [experts.parameters(k, experts.entries - 1) for k in range(min(len(experts), forgetting.NETWORKS))]
+        key = [self.real.info.fingerprint, ends, experts.entries, options.held_out_fraction(args)]
+
+        def compute():
+            return forgetting.expert_scores(network, experts, experts.entries - 1, self.real.train)
+
+        path, count = self.buffers(1) / forgetting.FILE, len(self.real.train)
+        scores = distributed.on_rank0(lambda: forgetting.cached(path, key, count, compute))
+        return forgetting.without_easy(self.real, scores, fraction)
 
     def network_at(self, vector):
         """Return a network of the distillation's architecture with flat parameters `vector`."""
@@ -309,7 +337,7 @@ class Run:
         """Return the best union of `stage`; an empty one of stage 0."""
         if stage == 0:
             return empty_set(self.real, self.canvas)
-        return load_mtt(self.folder(stage), "best", self.device, self.real.info, self.canvas)
+        return load_mtt(self.folder(stage), "best", self.device, self.real.info, self.canvas, stage)
 
     def save(self, stage, tag, synthetic):
         """Write the union's tensors and its picture."""

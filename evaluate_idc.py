@@ -17,14 +17,15 @@ from utils.evaluation import EvalModel, Evaluation, evaluate_and_report
 from utils.options import FLAG, Parser
 from utils.options import idc as idc_options
 from utils.results import names
+from utils.results.other_methods import LOADERS
 from utils.results.provenance import check_result
 from utils.run import files
 from utils.run.device import setup_device
-from utils.run.log import print0
+from utils.run.log import log0, print0
 from utils.run.main import run_script
-from utils.synthetic import idc_path, load_idc
+from utils.synthetic import SyntheticSet, idc_path, load_idc
 
-SLOW_FROM = 5  # from the stage of this index on the learning rate is halved
+SLOW_FROM = 5  # from the union of this index on the learning rate is halved, if another one follows it
 OOM_ADVICE = "--batch_size, other --eval_models or a smaller --width"
 # Networks to evaluate with if none are named, by data set.
 POOL = ["self", "resnet10", "resnet18", "densenet"]
@@ -33,8 +34,8 @@ POOLS = {"imagenet": ["self", "resnet18", "efficientnet"], "tiny-imagenet": ["se
 EVALUATION = [
     ("--new_only", FLAG, False, "train on the newest subset of each stage only"),
     ("--last_only", FLAG, False, "train on the last union only"),
-    ("--same_compute", options.truth, False, "scale the epochs so that all stages see as many images as training on "
-     "the last union alone"),
+    ("--same_compute", options.truth, False, "divide the epochs by factor^2, so that packed images take no more steps"),
+    ("--checks", options.COUNT, 50, "test accuracies measured in each stage: the last and the best are reported"),
     ("--eval_mode", tuple("SMWDAPNC"), None, options.EVAL_MODE),
 ]  # fmt: skip
 
@@ -45,6 +46,8 @@ def parse():
     parser.add_options("evaluation", options.EVALUATION + EVALUATION)
     parser.add_options("machine", options.MACHINE)
     args = idc_options.resolve(parser)
+    if args.slct_type in LOADERS and not args.override_load_dir:
+        parser.error(f"-s {args.slct_type}: expected its file with --override-load-dir FILE, found none")
     if args.new_only and args.last_only:
         parser.error("--new_only together with --last_only: choose one")
     if "epochs" not in parser.given():
@@ -58,27 +61,19 @@ def parse():
 def main():
     args = parse()
     device = setup_device(args.device)
-    folder = result_folder(args)
-    learned = range(args.num_intervals if args.last_only else 1, args.num_intervals + 1)
     real = idc_options.load_data(args, device)
-    check_result(folder, real.info)
-    unions = [load_idc(folder, stage, real.info, device=device) for stage in learned]
-    if args.ipc < 1:  # not needed to find the folder
-        args.ipc = len(unions[0]) // real.info.num_classes // learned[0]
-    select_on = names.selected_on([names.read_idc_stage(folder, stage) for stage in learned])
+    read = read_other if args.slct_type in LOADERS else read_idc
+    inputs, unions, datasets, select_on = read(args, real, device)
+    folder = result_folder(args)
     models = [eval_model(name, args, real, unions) for name in args.eval_models]
     if args.dry_run:
-        inputs = {"data": idc_options.data_folder(args)} | {f"stage {s}": idc_path(folder, s) for s in learned}
         size = sizes.idc_evaluation(vars(args), real.info, len(real.train))
+        inputs = {"data": idc_options.data_folder(args)} | inputs
         print0(options.dry_run(args, inputs, folder / "report.json", size))
         return
-    if args.new_only:
-        unions = [union.subset(stage) for stage, union in zip(learned, unions, strict=True)]
     totals = [len(union) // real.info.num_classes for union in unions]
     if args.slct_type == "random":
         datasets = stages.random_unions(real, totals, args.seed, ("selected",))
-    else:
-        datasets = [decoded(union, args, real) for union in unions]
     evaluation = Evaluation(
         real,
         datasets,
@@ -87,6 +82,7 @@ def main():
         folder,
         0 if args.skip_random else args.repeat,
         0 if args.skip_full else args.full_networks,
+        args.checks,
     )
     evaluation.check()
     with files.locked(folder):
@@ -94,13 +90,43 @@ def main():
 
 
 def result_folder(args):
+    """Return the folder of the result, which receives the report."""
+    if args.slct_type in LOADERS:  # a file of another method
+        path = Path(args.override_load_dir)
+        return path.with_name(f"{path.stem}_evaluation")
     return Path(args.override_load_dir) if args.override_load_dir else idc_options.result_folder(args)
 
 
+def read_idc(args, real, device):
+    """Read the unions of a result; returns ({what: file}, unions, decoded datasets, what they were selected on)."""
+    folder = result_folder(args)
+    learned = range(args.num_intervals if args.last_only else 1, args.num_intervals + 1)
+    check_result(folder, real.info)
+    unions = [load_idc(folder, stage, real.info, device=device) for stage in learned]
+    if args.ipc < 1:  # not needed to find the folder
+        args.ipc = len(unions[0]) // real.info.num_classes // learned[0]
+    if args.new_only:
+        unions = [union.subset(stage) for stage, union in zip(learned, unions, strict=True)]
+    select_on = names.selected_on([names.read_idc_stage(folder, stage) for stage in learned])
+    if idc_path(folder, args.num_intervals + 1).exists():
+        log0(f"note: {folder}: --num-intervals {args.num_intervals} leaves out the stages after it")
+    inputs = {f"stage {stage}": idc_path(folder, stage) for stage in learned}
+    return inputs, unions, [decoded(union, args, real) for union in unions], select_on
+
+
+def read_other(args, real, device):
+    """Read the set of another method (-s dsa, kip) from its file; returns what `read_idc` does."""
+    images, labels = LOADERS[args.slct_type](Path(args.override_load_dir), real.info)
+    union = SyntheticSet(images.to(device), labels.to(device))
+    args.ipc, args.num_intervals = len(union) // real.info.num_classes, 1
+    return {args.slct_type: args.override_load_dir}, [union], [union.dataset()], "unknown"
+
+
 def decoded(union, args, real):
-    """Return the decoded images of a `SyntheticSet` to train on."""
+    """Return the decoded images of a `SyntheticSet` to train on; as published, `bound` ones are decoded as `single`."""
+    kind = "single" if args.decode_type == "bound" else args.decode_type
     images = union.by_class(real.info.num_classes)
-    return real.pixel_dataset(*multi_formation.decode_union(images, args.factor, args.decode_type))
+    return real.pixel_dataset(*multi_formation.decode_union(images, args.factor, kind))
 
 
 def eval_model(name, args, real, unions):
@@ -111,17 +137,15 @@ def eval_model(name, args, real, unions):
     else:
         options.check_network(name, real)
     spec = idc_options.network_spec(args) if name == "self" else name
-    epochs = args.epochs
-    if args.same_compute:
-        sizes_of_unions = [len(union) for union in unions]
-        epochs = max(1, round(epochs * sizes_of_unions[-1] / sum(sizes_of_unions)))
+    epochs = max(1, args.epochs // args.factor**2) if args.same_compute else args.epochs
 
     def config(index):
-        return idc_options.train_config(args, epochs, lr_factor=0.5 if index >= SLOW_FROM else 1.0)
+        slow = index >= SLOW_FROM and len(unions) > SLOW_FROM + 1
+        return idc_options.train_config(args, epochs, lr_factor=0.5 if slow else 1.0)
 
     def save(k, network):
         if args.save_ckpt:
-            path = idc_options.result_folder(args) / f"evaluated_{title}_{k}.pt"
+            path = result_folder(args) / f"evaluated_{title}_{k}.pt"
             files.save(path, training.state_on_cpu(network))
 
     return EvalModel(

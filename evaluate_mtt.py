@@ -12,6 +12,8 @@ reference rows: the same network trained on as many random real images, and on t
 import utils.run.quiet_imports  # noqa: F401 - before anything slow
 
 # isort: split
+import dataclasses
+
 import networks
 from networks.reparam import set_flat
 from utils import options, sizes, training
@@ -140,9 +142,9 @@ def eval_model(name, args, real, unions, starts, experiment):
         name=name,
         count=args.num_experts if name == args.model else args.num_eval,
         network=network,
-        config=lambda stage: mtt.union_config(args, real, args.epoch_eval_train, unions[stage].syn_lr, dsa),
-        random_config=lambda _stage: real_config(args.epoch_eval_train),
-        full_config=real_config(args.full_epochs),
+        config=lambda index: mtt.union_config(args, real, args.epoch_eval_train, unions[index].syn_lr, dsa),
+        random_config=lambda _index: real_config(args.epoch_eval_train),
+        full_config=dataclasses.replace(real_config(args.full_epochs), epochs=args.full_epochs),
         save=save,
     )
 

@@ -5,6 +5,7 @@
 ConvNet, 10 images per class, factor 2, the settings of --reproduce: 64 real and 40 decoded images of each class.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -66,8 +67,8 @@ def published(device, **arguments):
 
 def project(device, **arguments):
     real, synthetic, config, network = problem(device=setup_device(device), **arguments)
-    matcher, rng = GradientMatcher(real, synthetic, config), np.random.default_rng(0)
-    return lambda: matcher.sweep(network, rng)
+    matcher, number = GradientMatcher(real, synthetic, config), itertools.count()
+    return lambda: matcher.sweep(network, next(number))
 
 
 def main():

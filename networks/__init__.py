@@ -3,6 +3,7 @@
 Parameter order and shapes match the published code, so that its buffers (lists of tensors) load unchanged.
 """
 
+import math
 import re
 
 from torch import nn
@@ -53,7 +54,7 @@ IDC_NAMES = {
 }
 
 
-def get_network(name, channel, num_classes, im_size):
+def get_network(name, channel, num_classes, im_size, cifar=False):
     """Return a freshly initialised network.
 
     ConvNets have three blocks, two below 16 pixels (the bundled digits have 8), unless their name gives the depth.
@@ -63,6 +64,7 @@ def get_network(name, channel, num_classes, im_size):
         channel: input channels.
         num_classes: outputs.
         im_size: input height and width in pixels, an int or a pair of equal ints.
+        cifar: of networks of the IDC family, see `idc_network`.
 
     Raises:
         ValueError: unknown name, images that are not square, or images too small for the network.
@@ -87,11 +89,11 @@ def get_network(name, channel, num_classes, im_size):
         return ResNet(**shape, depth=int(match[1]), norm=norm, average=bool(match[3]), keep_map=bool(match[3]))
     if name in IDC_NAMES:
         net_type, depth, norm = IDC_NAMES[name]
-        return idc_network(net_type, channel, num_classes, im_size, depth, norm=norm)
+        return idc_network(net_type, channel, num_classes, im_size, depth, norm=norm, cifar=cifar)
     raise ValueError(f"unknown network {name!r}; known: {', '.join([*NAMES, *IDC_NAMES])}")
 
 
-def idc_network(net_type, channel, num_classes, im_size, depth=3, width=1.0, norm="instance"):
+def idc_network(net_type, channel, num_classes, im_size, depth=3, width=1.0, norm="instance", cifar=False):
     """Return a freshly initialised network of the IDC family.
 
     Args:
@@ -102,6 +104,8 @@ def idc_network(net_type, channel, num_classes, im_size, depth=3, width=1.0, nor
         depth: blocks of a ConvNet; 10, 18, … of a ResNet.
         width: factor on the 128 channels of the ConvNet or on the ResNet's.
         norm: instance, batch, none, or sn (spectral normalisation of every convolution).
+        cifar: the data set is CIFAR-10 or CIFAR-100, for which ResNets have 32 channels and (depth − 2) / 6 blocks a
+            layer instead of 64 and ImageNet's counts.
 
     Raises:
         ValueError: unknown type or depth, or images too small.
@@ -113,11 +117,21 @@ def idc_network(net_type, channel, num_classes, im_size, depth=3, width=1.0, nor
     elif net_type in ("resnet", "resnet_ap"):
         if depth not in RESNET_DEPTHS:
             raise ValueError(f"ResNet of depth {depth}: one of {', '.join(map(str, RESNET_DEPTHS))} expected")
-        # CIFAR's form up to 32 pixels; from there the channels double, and the stem pools at 128 and 224 pixels.
-        stem = "3x3" if im_size <= 64 else "3x3/2" if im_size <= 128 else "7x7/4"
-        channels = int((32 if im_size <= 32 else 64) * width)
         average = net_type == "resnet_ap"
-        network = ResNet(**shape, depth=depth, norm=plain, average=average, stem=stem, width=channels)
+        network = ResNet(
+            **shape,
+            depth=depth,
+            norm=plain,
+            average=average,
+            stem="3x3" if im_size <= 64 else "3x3/2" if im_size <= 128 else "7x7/4",
+            width=int((32 if cifar else 64) * width),
+            cifar=cifar,
+            bias=average and plain == "none",
+        )
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):  # PyTorch's default stays for the classifier
+                std = math.sqrt(2 / (module.kernel_size[0] * module.kernel_size[1] * module.out_channels))
+                nn.init.normal_(module.weight, 0, std)
     elif net_type == "densenet":
         network = DenseNet(**shape)
     elif net_type == "efficientnet":

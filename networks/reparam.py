@@ -17,7 +17,7 @@ class ReparamModule:
 
     Args:
         network: torch.nn.Module; its own parameters are only read for their shapes.
-        compiled: differentiate ConvNets by compiled code; see networks/explicit.py.
+        compiled: differentiate ConvNets by compiled code; see networks/kernels/explicit.py.
         note: function of a string, told once where that does not work.
         bf16: convolutions and products in bfloat16 (torch.autocast); parameters, normalisations, loss and gradients
             stay as they are.
@@ -48,7 +48,7 @@ class ReparamModule:
             return functional_call(self.network, values, (x,)).to(x.dtype)
 
     def written_out(self, x):
-        """Return whether `gradient` and `product` are made for this network and images x (B, C, H, W)."""
+        """Return whether `gradient` and `vjp` are made for this network and images x (B, C, H, W)."""
         return not self.bf16 and explicit.applies(self.network, x, self.compiled)
 
 

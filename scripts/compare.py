@@ -26,7 +26,11 @@ def parse():
 
 def main():
     args = parse()
-    results = [compare.read(folder) for folder in args.folders]
+    evaluated = [folder for folder in args.folders if (Path(folder) / "report.json").exists()]
+    for folder in args.folders if evaluated else ():
+        if folder not in evaluated:
+            log0(f"note: {folder}: left out, it holds no report; evaluate the result first")
+    results = [compare.read(folder) for folder in evaluated or args.folders]
     print0(compare.as_markdown(results, plus_minus()))
     if not args.out:
         return

@@ -34,13 +34,15 @@ from utils.run import errors, files
 
 PROJECT = Path(__file__).resolve().parent.parent
 STAGES = 5
-ONESHOT = "-oneshot"
+ONESHOT, CROSS = "-oneshot", "-cross"
+ARCHITECTURES = "self,AlexNet,VGG11,ResNet18"
 
 # The published commands, {row: {option: value}}. Every script of a row gets the options that it declares, so that
 # experts, distillation and evaluation agree. A row -ipcN learns N images per class in `STAGES` stages; its -oneshot row
-# learns them in one, with the same options otherwise.
+# learns them in one, with the same options otherwise; its -cross row evaluates with `ARCHITECTURES`.
 CIFAR = {"model": "ConvNet", "zca": True, "lr_img": 1000, "lr_teacher": 0.01, "train_epochs": 50}
 CIFAR10, CIFAR100 = {"dataset": "CIFAR10", **CIFAR}, {"dataset": "CIFAR100", **CIFAR}
+LARGE = {"expert_epochs": 2, "lr_lr": 1e-05, "batch_syn": 512, "kept_steps": 0}
 TINY = {
     "dataset": "Tiny", "data_path": "data/tiny-imagenet-200", "model": "ConvNetD4", "lr_img": 10000, "lr_teacher": 0.01,
     "train_epochs": 24, "syn_steps": 20, "expert_epochs": 2, "max_start_epoch": 20, "lr_lr": 1e-04, "batch_syn": 64,
@@ -54,6 +56,12 @@ PRESETS = {
     },
     "tiny-mtt-ipc10": TINY,
     "tiny-mtt-ipc50": TINY,
+    # Considerably larger sets, which the paper describes and the release has no settings for: those of 50 images per
+    # class, in constant memory.
+    "cifar10-mtt-ipc100": CIFAR10 | LARGE | {"syn_steps": 30, "max_start_epoch": 15},
+    "cifar10-mtt-ipc200": CIFAR10 | LARGE | {"syn_steps": 30, "max_start_epoch": 15},
+    "cifar100-mtt-ipc100": CIFAR100 | LARGE | {"syn_steps": 20, "max_start_epoch": 20},
+    "cifar100-mtt-ipc200": CIFAR100 | LARGE | {"syn_steps": 20, "max_start_epoch": 20},
     "cifar10-idc-ipc10": {"reproduce": True, "dataset": "cifar10", "factor": 2, "niter": 2000},
     "cifar10-idc-ipc50": {"reproduce": True, "dataset": "cifar10", "factor": 2, "niter": 2000},
     "cifar100-idc-ipc10": {"reproduce": True, "dataset": "cifar100", "factor": 2, "niter": 2000},
@@ -70,7 +78,8 @@ SMALL = {
         "expert_epochs": 1, "max_start_epoch": 2, "Iteration": 200, "eval_it": 100, "override_epoch_eval_train": 100,
         "train_epochs": 3, "buffer_path": "buffers/small",
     },
-    "idc": {"width": 0.25, "niter": 2, "inner_loop": 20, "n_data": 500, "lr_img": 0.25, "epochs": 100, "print-freq": 1},
+    "idc": {"width": 0.25, "niter": 2, "inner_loop": 20, "n_data": 500, "lr_img": 0.25, "epochs": 100, "print-freq": 1,
+        "eval_models": "self"},
 }  # fmt: skip
 SMALL_ONESHOT = {"mtt": {"Iteration": 200 * STAGES, "eval_it": 100 * STAGES}, "idc": {"lr_img": 0.25 / STAGES}}
 
@@ -83,11 +92,11 @@ OWN = {
     "small": {
         "buffer_mtt.py": {"num_experts": 6}, "distill_mtt.py": {"num_eval": 2},
         "evaluate_mtt.py": {"num_experts": 6, "num_eval": 3, "epoch_eval_train": 100, "full_epochs": 4},
-        "distill_idc.py": {}, "evaluate_idc.py": {"repeat": 3, "eval_models": "self", "full_epochs": 4},
+        "distill_idc.py": {}, "evaluate_idc.py": {"repeat": 3, "checks": 5, "full_epochs": 4},
     },
 }  # fmt: skip
 
-ROWS = [name + end for name in PRESETS for end in ("", ONESHOT)]
+ROWS = [name + end for name in PRESETS for end in ("", ONESHOT, CROSS)]
 TRAIN_IMAGES = {"CIFAR10": 50_000, "CIFAR100": 50_000, "Tiny": 100_000}
 NOTES = """memory: estimated for a GPU from the sizes of images, parameters and saved tensors, not measured;
 if a range is given, from --kept_steps 0 to all steps kept (auto keeps what fits half of the free memory)
@@ -155,7 +164,8 @@ def named(words):
 
 def presets(row, scale):
     """Return {script: {option: value}} of a row; not every script declares all of them."""
-    name, oneshot, small = row.removesuffix(ONESHOT), row.endswith(ONESHOT), scale == "small"
+    oneshot, cross, small = row.endswith(ONESHOT), row.endswith(CROSS), scale == "small"
+    name = row.removesuffix(ONESHOT).removesuffix(CROSS)
     method, stages = name.split("-")[1], 1 if oneshot else STAGES
     kind = "oneshot" if oneshot else "progressive" if method == "idc" else ""
     tag = "_".join(filter(None, ("small" if small else "", kind)))
@@ -163,6 +173,8 @@ def presets(row, scale):
     shared["num-intervals" if method == "idc" else "num_intervals"] = stages
     if small:
         shared |= SMALL[method] | (SMALL_ONESHOT[method] if oneshot else {})
+    if cross:
+        shared["eval_models"] = ARCHITECTURES
     return {script: shared | own for script, own in OWN[scale].items() if method in script}
 
 

@@ -152,7 +152,7 @@ def whitened(tmp_path_factory, cifar_tree):
     stages = ["--ipc", 1, "--num_intervals", 1, "--max_start_epoch", 2, "--expert_epochs", 1, "--syn_steps", 2]
     stages += ["--lr_lr", 0]  # random pixels teach no learning rate
     run_script("distill_mtt.py", *common, *stages, *SHORT, "--buffer_path", root / "b", "--root_log_dir", root / "l")
-    return root / "l" / "CIFAR10" / "CIFAR10_ConvNetW32_S_ipc1_max2_syn2_real1_img1000.0_0.0_0.01_increase_zca"
+    return root / "l" / "CIFAR10" / "CIFAR10_ConvNetW32_S_ipc1_max2_syn2_real1_img1000_0.0_0.01_increase_zca"
 
 
 @pytest.fixture(scope="session")

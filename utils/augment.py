@@ -2,8 +2,7 @@
 
 Drawing and applying are apart: `DSA.draw` takes random numbers from a stream on the CPU, `apply` is a deterministic
 function of images and draw. So one draw can be applied to a real and a synthetic batch, and again when a step is
-recomputed. Every operation is linear in the images but for contrast and saturation's means, which are linear too:
-its gradient is exact.
+recomputed. Every operation is linear or affine in the images for a given draw: its gradient is exact.
 """
 
 import math
@@ -32,7 +31,7 @@ class DSA:
     """A strategy of augmentations.
 
     Args:
-        strategy: entries out of color, crop, cutout, flip, scale, rotate joined by `_`; `none` or empty for none.
+        strategy: entries of `OPERATIONS` joined by `_`; `none` or empty for none.
         flavour: `mtt` draws one entry a call; scale and rotate align the corners. `idc` always applies flip, color
             and cutout if they are in the strategy and draws one of the others; corners are not aligned.
 
@@ -82,6 +81,34 @@ class DSA:
             u = u.to(device=x.device, dtype=x.dtype, non_blocking=True)
             x = OPERATIONS[name](x, u, self.align_corners)
         return x
+
+
+class DCAugment:
+    """DC's augmentation (Zhao et al., ICLR 2021), strategy crop_scale_rotate: one of the three for each image.
+
+    Buffers recorded with `--dsa False` see it, as published. It draws and applies as `DSA` does.
+    """
+
+    CROP = 4  # pixels
+    SCALE = 0.2
+    ROTATE = 45  # degrees
+
+    def draw(self, count, rng):
+        return torch.from_numpy(rng.random((count, 3), dtype=np.float32))
+
+    def apply(self, x, u):
+        """Augment images (B, C, H, W) in network space."""
+        u = u.to(device=x.device, dtype=x.dtype, non_blocking=True)
+        mean = x.mean((0, 2, 3), keepdim=True)  # fills what comes in
+        shift = (u[:, 1:] * 2 * self.CROP).floor() - self.CROP
+        rows, columns = (_shift_matrix(shift[:, axis], x.shape[2 + axis], x) for axis in (0, 1))
+        cropped = rows[:, None] @ (x - mean) @ columns[:, None].transpose(2, 3) + mean
+        sizes = ((1 - self.SCALE + 2 * self.SCALE * u[:, 1:]) * x.shape[2]).floor() / x.shape[2]
+        scaled = _sample(x, torch.diag_embed(1 / sizes.flip(1)), False, mode="nearest")
+        angle = torch.deg2rad((u[:, 1] * 2 * self.ROTATE).floor() - self.ROTATE)
+        rotated = _sample(x - mean.mean(), _rotations(angle), False) + mean.mean()
+        which = (u[:, 0] * 3).floor().view(-1, 1, 1, 1)
+        return torch.where(which == 0, cropped, torch.where(which == 1, scaled, rotated))
 
 
 def without(strategy, entry):
@@ -143,12 +170,19 @@ def flip(x, u, _align_corners):
     return torch.where(_per_image(u, 0) < FLIP, x.flip(3), x)
 
 
-def _sample(x, matrix, align_corners):
-    """Resample x (B, C, H, W) at the places that `matrix` (n, 2, 2) maps the output grid to."""
+def _sample(x, matrix, align_corners, shift=None, mode="bilinear"):
+    """Resample x (B, C, H, W) at the places that `matrix` (n, 2, 2) and `shift` (n, 2) map the output grid to."""
     matrix = matrix.expand(len(x), 2, 2)
-    theta = torch.cat([matrix, matrix.new_zeros(len(x), 2, 1)], dim=2)
+    shift = matrix.new_zeros(len(x), 2) if shift is None else shift.expand(len(x), 2)
+    theta = torch.cat([matrix, shift[:, :, None]], dim=2)
     grid = F.affine_grid(theta, x.shape, align_corners=align_corners)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=align_corners)
+    return F.grid_sample(x, grid, mode=mode, padding_mode="zeros", align_corners=align_corners)
+
+
+def _rotations(angle):
+    """Return rotation matrices (n, 2, 2) by angles (n,) in radians."""
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    return torch.stack([torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)], dim=1)
 
 
 def scale(x, u, align_corners):
@@ -160,12 +194,24 @@ def scale(x, u, align_corners):
 def rotate(x, u, align_corners):
     """Turn around the centre."""
     angle = (u[:, 0] - 0.5) * (2 * ROTATE * math.pi / 180)
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    matrix = torch.stack([torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)], dim=1)
-    return _sample(x, matrix, align_corners)
+    return _sample(x, _rotations(angle), align_corners)
 
 
-OPERATIONS = {"color": color, "crop": crop, "cutout": cutout, "flip": flip, "scale": scale, "rotate": rotate}
+def translate(x, u, align_corners):
+    """Shift by any share of the crop's reach on each axis, filling with zeros."""
+    shift = (u[:, :2] - 0.5) * (4 * CROP_PAD)  # of the half-width, which is the unit of affine grids
+    return _sample(x, torch.eye(2, device=x.device, dtype=x.dtype).expand(len(u), 2, 2), align_corners, shift)
+
+
+OPERATIONS = {
+    "color": color,
+    "crop": crop,
+    "cutout": cutout,
+    "flip": flip,
+    "scale": scale,
+    "rotate": rotate,
+    "translate": translate,
+}
 
 
 def random_windows(images, rng, size, samples):
@@ -222,22 +268,81 @@ def cutmix(x, setting, rng):
     return mixed, other, 1 - (bottom - top) * (right - left) / (height * width)
 
 
-def random_resized_crop(x, rng, smallest=0.08):
-    """Random resized crop and flip (Szegedy et al., CVPR 2015), each image its own.
+# ImageNet's augmentation, which IDC trains with if DSA is off --------------------------------------------------------
+
+JITTER = 0.4
+GREY = (0.2989, 0.587, 0.114)
+LIGHTING_STD = 0.1
+# Eigenvalues and eigenvectors of the colours of ImageNet (Krizhevsky et al., NeurIPS 2012).
+EIGENVALUES = (0.2175, 0.0188, 0.0045)
+EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+
+def imagenet_augment(x, rng, crop=True):
+    """Random resized crop (scale 0.5 to 1), horizontal flip, colour jitter and PCA lighting, each image its own.
 
     Args:
-        x: (B, C, H, W).
+        x: (B, C, H, W) pixels in [0, 1].
         rng: numpy.random.Generator.
-        smallest: share of the area that a crop keeps at least; aspect ratios are 3/4 to 4/3.
+        crop: False leaves the random resized crop out.
+
+    Returns:
+        (B, C, H, W) pixels; lighting may leave [0, 1].
+    """
+    if crop:
+        x = random_resized_crop(x, rng)
+    flips = to_device(rng.random(len(x)) < FLIP, x.device)
+    x = torch.where(flips.view(-1, 1, 1, 1), x.flip(3), x)
+    x = color_jitter(x, rng)
+    if x.shape[1] == 1:
+        return x
+    alpha = to_device(rng.normal(0, LIGHTING_STD, (len(x), 3)).astype(np.float32), x.device).to(x.dtype)
+    vectors, values = (torch.tensor(v, device=x.device, dtype=x.dtype) for v in (EIGENVECTORS, EIGENVALUES))
+    return x + ((alpha * values) @ vectors.T)[:, :, None, None]
+
+
+def random_resized_crop(x, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
+    """Cut out a window of random area and aspect ratio and bring it to full size (torchvision's RandomResizedCrop).
+
+    Args:
+        x: (B, C, H, H).
+        rng: numpy.random.Generator.
+        scale: share of the area.
+        ratio: width / height, drawn log-uniformly.
+        tries: draws of which the first that fits is taken; the whole image if none does.
     """
     count = len(x)
-    area = rng.uniform(smallest, 1, count)
-    ratio = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), count))
-    width, height = np.minimum(np.sqrt(area * ratio), 1), np.minimum(np.sqrt(area / ratio), 1)
-    centre_x, centre_y = rng.uniform(-1, 1, (2, count)) * (1 - np.stack([width, height]))
-    sign = np.where(rng.random(count) < FLIP, -1, 1)
+    area = rng.uniform(*scale, (tries, count))
+    aspect = np.exp(rng.uniform(*np.log(ratio), (tries, count)))
+    width, height = np.sqrt(area * aspect), np.sqrt(area / aspect)
+    fits = (width <= 1) & (height <= 1)
+    first, columns = fits.argmax(0), np.arange(count)
+    size = np.stack([width[first, columns], height[first, columns]])
+    size[:, ~fits.any(0)] = 1
+    centre = rng.uniform(-1, 1, (2, count)) * (1 - size)
     theta = np.zeros((count, 2, 3), dtype=np.float32)
-    theta[:, 0, 0], theta[:, 0, 2] = width * sign, centre_x
-    theta[:, 1, 1], theta[:, 1, 2] = height, centre_y
+    theta[:, (0, 1), (0, 1)], theta[:, :, 2] = size.T, centre.T
     grid = F.affine_grid(to_device(theta, x.device).to(x.dtype), x.shape, align_corners=False)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def color_jitter(x, rng):
+    """Brightness, contrast and saturation by factors of 0.6 to 1.4, in random order (torchvision's ColorJitter).
+
+    Args:
+        x: (B, C, H, W) pixels in [0, 1].
+        rng: numpy.random.Generator.
+    """
+    factors = rng.uniform(1 - JITTER, 1 + JITTER, (3, len(x), 1, 1, 1)).astype(np.float32)
+    factors = to_device(factors, x.device).to(x.dtype)
+    order = to_device(rng.permuted(np.tile(np.arange(3), (len(x), 1)), axis=1), x.device)
+    weights = torch.tensor(GREY if x.shape[1] == 3 else [1.0], device=x.device, dtype=x.dtype).view(1, -1, 1, 1)
+    for position in range(3):
+        grey = (x * weights).sum(1, keepdim=True)
+        others = (torch.zeros_like(grey), grey.mean((2, 3), keepdim=True), grey)  # what each factor mixes x with
+        results = [
+            (factor * x + (1 - factor) * other).clamp(0, 1) for factor, other in zip(factors, others, strict=True)
+        ]
+        chosen = order[:, position].view(-1, 1, 1, 1)
+        x = torch.where(chosen == 0, results[0], torch.where(chosen == 1, results[1], results[2]))
+    return x

@@ -47,6 +47,7 @@ class Evaluation:
         folder: of the result; keeps each finished network if the evaluation is interrupted.
         random_networks: networks on random real images; 0 to leave the row out.
         full_networks: networks on the full training set; 0 to leave the row out.
+        checks: test accuracies measured in each stage, the last one at its end.
     """
 
     real: object
@@ -56,9 +57,10 @@ class Evaluation:
     folder: object
     random_networks: int
     full_networks: int
+    checks: int = 1
 
     def check(self):
-        """Refuse a row of random real images that a class has too few images for.
+        """Refuse the row of random real images if a class has fewer images than it needs.
 
         Raises:
             UserError: a class has.
@@ -93,18 +95,18 @@ class Evaluation:
             after = lambda _epoch, loss: progress.update(loss=loss)  # noqa: E731
             training.train(network, self.real.train, model.full_config, self.seed, keys, after_epoch=after)
             progress.close()
-            return [training.accuracy(network, self.real.test)]
+            return [[training.accuracy(network, self.real.test)]]
 
         def repeat(kind, count, work):
             progress = Progress(len(distributed.share(range(count))), f"{model.name}, {kind}, network")
 
             def one(k):
                 accuracies = work(k)
-                progress.update(accuracy=accuracies[-1])
+                progress.update(accuracy=accuracies[-1][-1])
                 return accuracies
 
             unions = [[union.images, union.labels] for union in self.unions] if kind == "distilled" else self.ipc_totals
-            key = [kind, model.name, config, unions]
+            key = [kind, model.name, config, unions, self.checks]
             runs = finish_each(self.folder, f"{kind}-{model.name}", key, list(range(count)), one)
             progress.close()
             return runs
@@ -117,7 +119,7 @@ class Evaluation:
         return found
 
     def _staged(self, network, unions, config_of, keys):
-        return stages.staged_accuracies(network, unions, config_of, self.real.test, self.seed, keys)
+        return stages.staged_accuracies(network, unions, config_of, self.real.test, self.seed, keys, checks=self.checks)
 
 
 def evaluate_and_report(evaluation, models, dataset, config, select_on, keeps="best"):

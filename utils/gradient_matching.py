@@ -20,6 +20,7 @@ from . import multi_formation
 from .augment import DSA
 from .run import distributed
 from .run.device import to_device
+from .run.streams import EndlessShuffle, stream
 
 METRICS = ("mse", "l1", "l1_mean", "l2", "cos")
 
@@ -53,7 +54,7 @@ def matched_parameters(network, bias, fc):
     return [p for p in network.parameters() if p.dim() > 2 or (p.dim() == 1 and bias) or (p.dim() == 2 and fc)]
 
 
-def matching_loss(network, real, synthetic, label, match, metric, bias=False, fc=False, f_idx=4):
+def matching_loss(network, real, synthetic, label, match, metric, bias=False, fc=False, f_idx=(4, 4)):
     """Return the matching loss of one class (0-dim), differentiable in `synthetic`.
 
     Args:
@@ -63,12 +64,13 @@ def matching_loss(network, real, synthetic, label, match, metric, bias=False, fc
         match: `grad` compares gradients of the cross-entropy, `feat` mean features.
         metric: see `distance`.
         bias, fc: which gradients count besides those of convolutions.
-        f_idx: block whose features count, from 0; the last one where the network has fewer.
+        f_idx: (first, last) of the blocks whose features count, from 0; the network's last one if it has fewer.
     """
     if match == "feat":
         with torch.no_grad():
-            wanted = _features(network, real, f_idx).mean(0)
-        return distance(wanted, _features(network, synthetic, f_idx).mean(0), metric)
+            wanted = [features.mean(0) for features in _features(network, real, f_idx)]
+        found = [features.mean(0) for features in _features(network, synthetic, f_idx)]
+        return sum(distance(w, f, metric) for w, f in zip(wanted, found, strict=True))
     parameters = matched_parameters(network, bias, fc)
 
     def gradient(x, create_graph):
@@ -80,9 +82,23 @@ def matching_loss(network, real, synthetic, label, match, metric, bias=False, fc
     return sum(distance(w, f, metric) for w, f in zip(wanted, found, strict=True))
 
 
+def feature_range(f_idx):
+    """Return the option --f_idx, a number or the string `a,b`, as (first, last) block.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    first, comma, last = str(f_idx).partition(",")
+    first, last = int(first), int(last if comma else first)
+    if not 0 <= first <= last:
+        raise ValueError(f_idx)
+    return first, last
+
+
 def _features(network, x, f_idx):
     maps = network.blocks(x)
-    return maps[min(f_idx, len(maps) - 1)]
+    first, last = (min(index, len(maps) - 1) for index in f_idx)
+    return maps[first : last + 1]
 
 
 def momentum_ahead(momentum, steps):
@@ -147,45 +163,51 @@ class GradientMatchConfig:
     metric: str = "l1"
     bias: bool = False
     fc: bool = False
-    f_idx: int = 4
+    f_idx: tuple = (4, 4)
 
 
 class GradientMatcher:
-    """Matches the newest subset of a synthetic set, class by class.
+    """Matches each class's union with real images; only the newest subset is updated.
 
     Args:
         real: `RealData`.
         synthetic: `SyntheticSet` of pixels in [0, 1]; its newest subset is changed in place.
         config: `GradientMatchConfig`.
+        seed, stage: of the random streams; stage from 0.
     """
 
-    def __init__(self, real, synthetic, config):
+    def __init__(self, real, synthetic, config, seed=0, stage=0):
         self.real, self.synthetic, self.config = real, synthetic, config
+        self.seed, self.stage = seed, stage
+        self.shuffles = [
+            EndlessShuffle(indices, seed, "class", stage, label) for label, indices in enumerate(real.class_indices)
+        ]
         shape = synthetic.images.shape[1:]
         self.learned = synthetic.learned.view(real.info.num_classes, -1, *shape)
         self.momentum_buffer = torch.zeros_like(self.learned)
 
-    def sweep(self, network, rng):
+    def sweep(self, network, number):
         """Match every class once with `network`; returns the sum of the losses (0-dim).
 
         Args:
-            rng: numpy.random.Generator of this sweep.
+            number: of this sweep in its stage, from 0.
         """
         return class_sweep(
             self.learned,
             self.momentum_buffer,
             self.config.lr,
             self.config.momentum,
-            lambda images: self._gradients(network, images, rng),
+            lambda images: self._gradients(network, images, number),
         )
 
-    def _gradients(self, network, images, rng):
+    def _gradients(self, network, images, number):
         """Return losses (K,) and gradients of `images` (K, n, C, H, W), each class with its own real batch.
 
         The classes are spread over the ranks, and every rank has all results.
         """
         classes = self.real.info.num_classes
-        draws = [self._draw(label, rng) for label in range(classes)]
+        rng = stream(self.seed, "sweep", self.stage, number)
+        draws = [self._draw(label, number, rng) for label in range(classes)]
         own = distributed.share(range(classes))
         if has_spectral_norm(network):
             own = range(classes if distributed.is_rank0() else 0)
@@ -194,10 +216,10 @@ class GradientMatcher:
             losses[label], gradients[label] = self._match_class(network, label, *draws[label])
         return distributed.all_reduce_sum(losses), distributed.all_reduce_sum(gradients)
 
-    def _draw(self, label, rng):
+    def _draw(self, label, number, rng):
         """Draw how a class is matched: its real images, the cut of its decoded ones (None: all), the augmentation."""
-        config, indices = self.config, self.real.class_indices[label]
-        index = rng.choice(indices, min(config.batch_real, len(indices)), replace=False)
+        config = self.config
+        index = self.shuffles[label].batch(number, min(config.batch_real, len(self.real.class_indices[label])))
         images = len(self.synthetic) // self.real.info.num_classes
         pieces = multi_formation.decode_plan(images, config.factor, config.decode_type, config.batch_syn_max)
         decoded = sum((last - first) * factor**2 for first, last, factor in pieces)

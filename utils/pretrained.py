@@ -10,12 +10,8 @@ def load_pretrained(path, network):
     """Load a pretrained network's state into `network`; returns it.
 
     Raises:
-        UserError: the file is missing, damaged or of another network.
+        UserError: the file is damaged or of another network.
     """
-    if not path.exists():
-        raise UserError(
-            f"{path}: expected a pretrained network, found none; make it by the same command with --pretrain"
-        )
     try:
         saved = files.load(path, "a pretrained network")
         network.load_state_dict(saved)
@@ -28,31 +24,46 @@ def load_pretrained(path, network):
     return network
 
 
-def pretrain(paths, new_network, real, config, seed):
-    """Train one network for each of `paths` on real images, and save it there unless it exists.
+def find_pretrained(folder, epochs, suffix):
+    """Return the files of pretrained networks, of all seeds and of the given epochs.
 
     Args:
-        paths: list of files.
-        new_network: function of k returning network k at its start.
+        folder: of the files, network_{seed}_epoch{epoch}{suffix}.pt.
+        epochs: range.
+        suffix: of networks that never saw the images held out.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = [path for epoch in epochs for path in sorted(folder.glob(f"network_*_epoch{epoch}{suffix}.pt"))]
+    if not found:
+        raise UserError(
+            f"{folder}: expected pretrained networks (network_{{seed}}_epoch{epochs[0]}{suffix}.pt), found none; make "
+            "them by the same command with --pretrain, for one or several --seed"
+        )
+    return found
+
+
+def pretrain(folder, network, real, config, seed, epochs, suffix):
+    """Train a network on real images and save it after each of `epochs`.
+
+    Args:
+        folder, epochs, suffix: as for `find_pretrained`.
+        network: at its start.
         real: `RealData`.
-        config: `TrainConfig`.
+        config: `TrainConfig` that ends with the last of `epochs`.
         seed: of the random streams.
     """
-    for number in distributed.share(range(len(paths))):
-        path = paths[number]
-        if path.exists():
-            log0(f"{path}: there already")
-            continue
-        network = new_network(number)
-        progress = Progress(config.epochs, f"pretraining network {number + 1}/{len(paths)}, epoch")
-        training.train(
-            network,
-            real.train,
-            config,
-            seed,
-            ("pretrain", number),
-            after_epoch=lambda _epoch, loss, progress=progress: progress.update(loss=loss),
-        )
-        progress.close()
-        files.save(path, training.state_on_cpu(network))
-        log0(f"{path}: test accuracy {training.accuracy(network, real.test):.2f} %")
+    progress = Progress(config.epochs, f"pretraining network {seed}, epoch")
+
+    def save(epoch, loss):
+        progress.update(loss=loss)
+        if epoch + 1 in epochs and distributed.is_rank0():
+            files.save(folder / f"network_{seed}_epoch{epoch + 1}{suffix}.pt", training.state_on_cpu(network))
+
+    training.train(network, real.train, config, seed, ("pretrain", seed), after_epoch=save)
+    progress.close()
+    log0(
+        f"{folder}: network {seed} after {config.epochs} epochs: test accuracy "
+        f"{training.accuracy(network, real.test):.2f} %"
+    )

@@ -1,4 +1,4 @@
-"""Steps, disk and memory of the five scripts, computed from their options alone: neither images nor experts are needed.
+"""Steps, disk and memory of the five scripts, from their options and networks: neither images nor experts are needed.
 
 `--dry_run`, the disk check before a run and `scripts/reproduce.py --list` share these numbers. All functions take
 `config`, the dict of a script's options (`vars(args)`), `info`, the `DatasetInfo`, and the number of training images.
@@ -48,10 +48,11 @@ def mtt_distillation(config, info, train_images, num_experts):
     """Return the `Size` of distill_mtt.py. What it writes are the trajectories of its transitions.
 
     Args:
-        num_experts: experts in the buffers; at most --num_experts of them are used.
+        num_experts: experts in the buffers.
     """
     network, stages = _network(config, info, config["model"]), config["num_intervals"]
-    entries = (config["max_start_epoch"] + config["expert_epochs"] + 2) * (stages - config["start_interval"])
+    epochs = config["start_sampling_epoch"] + config["max_start_epoch"] + config["expert_epochs"] + 1
+    entries = (epochs + 1) * (stages - config["start_interval"])
 
     def memory():
         subset, union = info.num_classes * config["ipc"], info.num_classes * config["ipc"] * stages
@@ -62,12 +63,12 @@ def mtt_distillation(config, info, train_images, num_experts):
             graph = matching.graph_bytes(student, start, _images(info, union), labels, step)
         base = _data_bytes(config, info, train_images) + _bytes(network) * config["syn_steps"]
         between = _training_bytes(network, info, config["batch_train"])  # evaluation and transition
-        # The way back through a graph needs about as much again.
+        # The backward pass through a graph needs about as much again.
         return tuple(base + max(graphs * graph, between) for graphs in (2, config["syn_steps"] + 1))
 
     return Size(
         f"{stages} stages of {config['Iteration']} iterations of {config['syn_steps']} student steps",
-        _bytes(network) * entries * min(num_experts, config["num_experts"]),
+        _bytes(network) * entries * num_experts,
         memory,
     )
 
@@ -93,9 +94,10 @@ def idc_distillation(config, info, train_images):
         decoded = min(limit, sum((last - first) * factor**2 for first, last, factor in pieces))
         real, synthetic = _images(info, config["batch_real"]), _images(info, decoded).requires_grad_()
         network = _network(config, info)
-        options = [config[name] for name in ("match", "metric", "bias", "fc", "f_idx")]
+        options = [config[name] for name in ("match", "metric", "bias", "fc")]
+        options.append(gradient_matching.feature_range(config["f_idx"]))
         graph = matching.saved_bytes(lambda: gradient_matching.matching_loss(network, real, synthetic, 0, *options))
-        # The way back through a graph needs about as much again.
+        # The backward pass through a graph needs about as much again.
         work = max(2 * graph, _training_bytes(network, info, config["batch_size"]))
         return (_data_bytes(config, info, train_images) + work,) * 2
 
@@ -124,13 +126,11 @@ def idc_evaluation(config, info, train_images):
 
 def _network(config, info, name="self"):
     """Return a network without values (device meta): the named one, or the IDC distillation's own."""
-    shape = (info.channel, info.num_classes, info.im_size)
     with torch.device("meta"):
         if name == "self":
-            return networks.idc_network(
-                config["net_type"], *shape, config["depth"], config["width"], config["norm_type"]
-            )
-        return networks.get_network(name, *shape)
+            spec = {"net_type": config["net_type"], "depth": config["depth"], "width": config["width"]}
+            return networks.idc_network(**info.network_shape, **spec, norm=config["norm_type"])
+        return networks.get_network(name, **info.network_shape)
 
 
 def _images(info, count):

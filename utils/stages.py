@@ -11,9 +11,12 @@ from .trajectories import BufferWriter, record_trajectory
 
 
 def evaluation_config(epochs, lr, batch_size, dsa, window=None, samples=1):
-    """Return MTT's way of training on synthetic images: momentum 0.9, weight decay 5e-4, lr × 0.1 after half."""
+    """Return MTT's way of training on synthetic images: momentum 0.9, weight decay 5e-4, lr × 0.1 after half.
+
+    As published, it runs the epochs of index 0 to `epochs`: one more than the option says.
+    """
     milestones = ((epochs // 2 + 1, 0.1),)
-    return training.TrainConfig(epochs, float(lr), 0.9, 5e-4, batch_size, dsa, milestones, window, samples)
+    return training.TrainConfig(epochs + 1, float(lr), 0.9, 5e-4, batch_size, dsa, milestones, window, samples)
 
 
 def train_and_test(make_network, count, images, config, test, seed, keys, folder):
@@ -73,8 +76,8 @@ def transition(make_network, experts, union, config, real, real_config, folder, 
     distributed.on_rank0(writer.merge)
 
 
-def staged_accuracies(network, unions, config_of, test, seed, keys):
-    """Train one network on union 1, then union 2, …, carrying the momentum of SGD on, and test it after each.
+def staged_accuracies(network, unions, config_of, test, seed, keys, carry=True, checks=1):
+    """Train one network on union 1, then union 2, …, and test it after each.
 
     Args:
         network: at its start; trained in place.
@@ -82,14 +85,24 @@ def staged_accuracies(network, unions, config_of, test, seed, keys):
         config_of: function of the stage's index (from 0) returning its `TrainConfig`.
         test: `ImageDataset` to test on.
         seed, keys: of the random streams; each stage adds its index.
+        carry: carry the momentum of SGD on from union to union.
+        checks: how often to test in each stage, at equal distances; the last time at its end.
 
     Returns:
-        List of accuracies in percent, one for each stage.
+        List of the accuracies in percent of each stage: a list of `checks` numbers for each.
     """
     accuracies, optimizer = [], None
     for index, union in enumerate(unions):
-        optimizer = training.train(network, union, config_of(index), seed, (*keys, index), optimizer)
-        accuracies.append(training.accuracy(network, test))
+        config, found = config_of(index), []
+        due = {round(config.epochs * check / checks) - 1 for check in range(1, checks + 1)}
+
+        def test_if_due(epoch, _loss, due=due, found=found):
+            if epoch in due:
+                found.append(training.accuracy(network, test))
+
+        optimizer = optimizer if carry else None
+        optimizer = training.train(network, union, config, seed, (*keys, index), optimizer, after_epoch=test_if_due)
+        accuracies.append(found)
     return accuracies
 
 

@@ -1,18 +1,23 @@
 """The networks whose gradients PDD+IDC matches: trained on the earlier unions, then on real images between sweeps."""
 
+import copy
 import dataclasses
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_map_only
 
 from . import training
 from .run import distributed
 from .run.checkpoint import finish_each
 from .run.device import to_device
-from .run.streams import stream
+from .run.streams import EndlessShuffle, stream
 from .training import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
-    """How the network of an outer iteration comes about.
+    """How the student of an outer iteration is trained.
 
     Attributes:
         earlier: `TrainConfig` on each earlier union in turn.
@@ -41,14 +46,16 @@ class Student:
         unions: earlier unions as `ImageDataset`s, in order.
         real: `ImageDataset` of the real training images.
         config: `StudentConfig`.
-        last: number of outer iterations.
+        last: number of outer iterations, of `inner_loop` sweeps each.
         seed, stage: of the random streams; stage from 0.
         folder, key: as for `finish_each`, which keeps trained networks if the run is interrupted.
     """
 
-    def __init__(self, new_network, unions, real, config, last, seed, stage, folder, key):
+    def __init__(self, new_network, unions, real, config, last, inner_loop, seed, stage, folder, key):
         self.new_network, self.unions, self.real, self.config = new_network, unions, real, config
-        self.last, self.seed, self.stage, self.folder, self.key = last, seed, stage, folder, key
+        self.last, self.inner_loop, self.seed, self.stage = last, inner_loop, seed, stage
+        self.folder, self.key = folder, key
+        self.shuffle = EndlessShuffle(range(len(real)), seed, "real", stage)
         self.network = self.optimizer = None
         self.started = {}  # states of networks before their first sweep, by outer iteration
 
@@ -57,14 +64,17 @@ class Student:
         config = self.config
         if config.fix_iter > 1 and outer % config.fix_iter and self.network is not None:
             return
-        self.network = None  # a save while its successor is made leaves it out
+        self.network = None  # a checkpoint saved from here on holds none
         number = outer % config.pool if config.pool else outer
         network = self.new_network(number)
+        optimizer = training.sgd(network, config.real)
         if self.unions or config.early:
             if number not in self.started:
                 self.started = self._start_from(number)
-            network.load_state_dict(self.started[number])
-        self.network, self.optimizer = network, training.sgd(network, config.real)
+            state, momentum = self.started[number]
+            network.load_state_dict(state)
+            optimizer.load_state_dict(copy.deepcopy(momentum))  # the early epochs and the sweeps share it
+        self.network, self.optimizer = network, optimizer
 
     def _start_from(self, number):
         """Train the networks from `number` on that start together; returns {outer iteration: state}."""
@@ -78,16 +88,25 @@ class Student:
         return {number: state for states in found for number, state in states}
 
     def _train_group(self, numbers):
-        """Train networks on each earlier union in turn, then on real images; returns pairs (number, state)."""
+        """Train networks on each earlier union in turn, then on real images.
+
+        Returns:
+            List of (number, (network's state, optimiser's state)), on the CPU.
+        """
         config, seed, stage = self.config, self.seed, self.stage
-        members, optimizers = [self.new_network(number) for number in numbers], None
-        for before, union in enumerate(self.unions):
+        members = [self.new_network(number) for number in numbers]
+        for before, union in enumerate(self.unions):  # each with an optimiser of its own, as published
             keys = [("earlier", stage, number, before) for number in numbers]
-            optimizers = training.train_together(members, union, config.earlier, seed, keys, optimizers)
+            training.train_together(members, union, config.earlier, seed, keys)
+        optimizers = [training.sgd(member, config.real) for member in members]
         if config.early:
-            for number, member in zip(numbers, members, strict=True):
-                training.train(member, self.real, config.early, seed, ("early", stage, number))
-        return [(number, training.state_on_cpu(member)) for number, member in zip(numbers, members, strict=True)]
+            for number, member, optimizer in zip(numbers, members, optimizers, strict=True):
+                training.train(member, self.real, config.early, seed, ("early", stage, number), optimizer)
+        states = [
+            (training.state_on_cpu(member), tree_map_only(torch.Tensor, torch.Tensor.cpu, optimizer.state_dict()))
+            for member, optimizer in zip(members, optimizers, strict=True)
+        ]
+        return list(zip(numbers, states, strict=True))
 
     def broadcast(self):
         """Give every rank the network of rank 0, which trains it: copies would drift on GPUs."""
@@ -95,12 +114,15 @@ class Student:
         distributed.broadcast_([*self.network.parameters(), *buffers])
 
     def train_on_real(self, outer, inner):
-        """Train the network on n_data real images, net_epoch times."""
-        for epoch in range(self.config.real.epochs if distributed.is_rank0() else 0):
+        """Train the network on n_data // batch_size + 1 minibatches of an endless shuffle, net_epoch times."""
+        config, size = self.config.real, min(self.config.real.batch_size, len(self.real))
+        count = self.config.n_data // config.batch_size + 1
+        for epoch in range(config.epochs if distributed.is_rank0() else 0):
+            number = ((outer * self.inner_loop + inner) * config.epochs + epoch) * count
+            index = np.concatenate([self.shuffle.batch(number + batch, size) for batch in range(count)])
             rng = stream(self.seed, "real", self.stage, outer, inner, epoch)
-            chosen = rng.choice(len(self.real), min(self.config.n_data, len(self.real)), replace=False)
-            index = to_device(chosen, self.real.labels.device)
-            training.train_epoch(self.network, self.optimizer, self.real, self.config.real, rng, index=index)
+            index = to_device(index, self.real.labels.device)
+            training.train_epoch(self.network, self.optimizer, self.real, config, rng, index=index, shuffle=False)
 
     def state_dict(self):
         if self.network is None:

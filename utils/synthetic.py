@@ -2,7 +2,8 @@
 
 In memory a union is the same for every base method: stage after stage, in a stage class after class. On disk it has
 the layouts of the published code: `images_*.pt`, `labels_*.pt`, `syn_lr_*.pt` (PDD+MTT), `interval_{i}_data.pt`
-(PDD+IDC), which is sorted by class, then by position in a stage, then by stage.
+(PDD+IDC), which is sorted by class, then by position in a stage, then by stage: class 0 begins with the images at
+position 0 of stages 1, 2, …, then come those at position 1.
 """
 
 from pathlib import Path
@@ -129,7 +130,7 @@ def init_subset(real, ipc, init, rng, canvas=1, factor=1, pixels=False):
 
 
 def _shrunk_grids(images):
-    """Return grids (N, C, H, H) of the images (N, f, f, C, H, H), each shrunk to its cell."""
+    """Return grids (N, C, H, H) of the images (N, f, f, C, H, H), each shrunk by taking every f-th pixel."""
     count, tiles, _, channel, size, _ = images.shape
     grids = torch.empty(count, channel, size, size, device=images.device)
     # If the grid does not divide the size, the first rows and columns are one pixel larger.
@@ -137,7 +138,7 @@ def _shrunk_grids(images):
     for row in range(tiles):
         for column in range(tiles):
             (top, bottom), (left, right) = edges[row : row + 2], edges[column : column + 2]
-            cell = F.interpolate(images[:, row, column], (bottom - top, right - left), mode="bilinear", antialias=True)
+            cell = F.interpolate(images[:, row, column], (bottom - top, right - left))  # nearest, as published
             grids[:, :, top:bottom, left:right] = cell
     return grids.clamp_(0, 1)
 
@@ -153,7 +154,7 @@ def save_mtt(folder, tag, synthetic):
         files.save(Path(folder) / f"{part}_{tag}.pt", getattr(synthetic, part).detach().cpu())
 
 
-def load_mtt(folder, tag="best", device="cpu", info=None, canvas=1):
+def load_mtt(folder, tag="best", device="cpu", info=None, canvas=1, stages=1):
     """Read the union of one stage from `folder`.
 
     Args:
@@ -162,9 +163,10 @@ def load_mtt(folder, tag="best", device="cpu", info=None, canvas=1):
         device: for its tensors.
         info: `DatasetInfo` that it must fit; None for any.
         canvas: images on each side of a canvas.
+        stages: whose subsets, of equal size, are in it.
 
     Returns:
-        `SyntheticSet`, all of it frozen.
+        `SyntheticSet`.
 
     Raises:
         UserError: a file is missing, damaged, of a wrong shape, type or data set, or holds NaN.
@@ -187,7 +189,10 @@ def load_mtt(folder, tag="best", device="cpu", info=None, canvas=1):
                 f"{paths['labels']}: expected labels below {info.num_classes} for {info.name}, found {largest}; name "
                 "the right --dataset"
             )
-    return SyntheticSet(images.float().to(device), labels.long().to(device), syn_lr.float().to(device))
+    if len(labels) % stages:
+        raise UserError(f"{paths['images']}: expected {stages} stages of equal size, found {len(labels)} images")
+    counts = [len(labels) // stages] * stages
+    return SyntheticSet(images.float().to(device), labels.long().to(device), syn_lr.float().to(device), counts)
 
 
 def check_shape(path, images, info, canvas=1):

@@ -12,7 +12,7 @@ from torchvision.ops import StochasticDepth
 
 import networks
 
-from .augment import DSA, cutmix, random_resized_crop, random_windows
+from .augment import DSA, cutmix, imagenet_augment, random_windows
 from .run import signals
 from .run.device import to_device
 from .run.streams import seeded, stream, torch_seeded
@@ -34,7 +34,7 @@ class TrainConfig:
         window: pixels of the random windows shown of larger canvases (texture mode); None for whole images.
         samples: windows of each canvas.
         cutmix: (probability, beta) of CutMix for each minibatch; None for none.
-        crop: random resized crops and flips, for large images.
+        imagenet: ImageNet's augmentation of the pixels: `crop` or `no_crop` (see `imagenet_augment`); None for none.
     """
 
     epochs: int
@@ -47,7 +47,7 @@ class TrainConfig:
     window: int | None = None
     samples: int = 1
     cutmix: tuple | None = None
-    crop: bool = False
+    imagenet: str | None = None
 
     def lr_at(self, epoch):
         """Return the learning rate of the epoch with index `epoch`."""
@@ -64,7 +64,7 @@ def new_network(spec, real, seed, *keys):
     Args:
         spec: name of a network, or a dict of arguments of `networks.idc_network`.
     """
-    shape = {"channel": real.info.channel, "num_classes": real.info.num_classes, "im_size": real.info.im_size}
+    shape = real.info.network_shape
     with seeded(seed, "network", *keys):
         network = (
             networks.idc_network(**shape, **spec) if isinstance(spec, dict) else networks.get_network(spec, **shape)
@@ -114,11 +114,12 @@ def set_hyperparameters(optimizer, config, epoch):
         group["momentum"], group["weight_decay"] = config.momentum, config.weight_decay
 
 
-def train_epoch(network, optimizer, images, config, rng, masks=None, index=None):
+def train_epoch(network, optimizer, images, config, rng, masks=None, index=None, shuffle=True):
     """One pass over the images in random order.
 
     Args:
         index: (n,) positions of the images of this pass; None for all.
+        shuffle: False takes them in their order.
 
     Returns:
         The mean loss, a 0-dim tensor on the device.
@@ -126,7 +127,7 @@ def train_epoch(network, optimizer, images, config, rng, masks=None, index=None)
     seen, total = 0, torch.zeros((), device=images.labels.device)
     # Layers that draw random numbers themselves get a seed for each minibatch.
     seeds = int(rng.integers(2**62)) if any(isinstance(m, STOCHASTIC_LAYERS) for m in network.modules()) else None
-    for number, (x, *target) in enumerate(minibatches(images, config, rng, index)):
+    for number, (x, *target) in enumerate(minibatches(images, config, rng, index, shuffle)):
         with contextlib.nullcontext() if seeds is None else torch_seeded(seeds + number, x.device):
             loss = mixed_loss(network(x), *target)
         optimizer.zero_grad()
@@ -139,25 +140,30 @@ def train_epoch(network, optimizer, images, config, rng, masks=None, index=None)
     return total / seen
 
 
-def minibatches(images, config, rng, index=None):
+def minibatches(images, config, rng, index=None, shuffle=True):
     """Draw one pass over the images: yields augmented images, labels, and CutMix's partners and share.
 
     Args:
         index: (n,) positions of the images of this pass; None for all.
+        shuffle: False takes them in their order.
 
     Yields:
         (x (B, C, H, W), y (B,), permutation of the partners or None, share of the own labels).
     """
     count = len(images) if index is None else len(index)
-    order = to_device(rng.permutation(count), images.labels.device)
-    if index is not None:
-        order = index[order]
+    order = index
+    if shuffle:
+        order = to_device(rng.permutation(count), images.labels.device)
+        order = order if index is None else index[order]
     for start in range(0, count, config.batch_size):
-        x, y = images.batch(order[start : start + config.batch_size])
+        chosen = order[start : start + config.batch_size]
+        if config.imagenet:
+            pixels = imagenet_augment(images.pixels(chosen), rng, config.imagenet == "crop")
+            x, y = images.normalize(pixels), images.labels[chosen]
+        else:
+            x, y = images.batch(chosen)
         if config.window:
             x, y = random_windows(x, rng, config.window, config.samples), y.repeat(config.samples)
-        if config.crop:
-            x = random_resized_crop(x, rng)
         if config.dsa:
             x = config.dsa.apply(x, config.dsa.draw(len(x), rng))
         partners, share = None, 1.0
@@ -192,7 +198,7 @@ def train_together(members, images, config, seed, keys, optimizers=None, stacked
         on_gpu = images.labels.device.type == "cuda"
         stacked = on_gpu and len(members) > 1 and not any(True for _ in members[0].buffers())
     if stacked:
-        # Nothing of the members changes before its end; if they do not fit together they train one by one.
+        # Members are written only at its end; if memory runs out they train one by one.
         with contextlib.suppress(torch.OutOfMemoryError):
             _train_stacked(members, images, config, seed, keys, optimizers)
             return optimizers

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from networks.reparam import flatten
@@ -116,38 +117,38 @@ class Experts:
         shapes: list of the shapes of the network's parameters.
         epochs: entries that a trajectory must have at least.
         model: name of the network, for messages.
-        max_files: use this many files, None for all.
-        max_experts: use this many experts of each file, None for all.
-        limit: use this many experts in all.
-        load_all: keep every file in memory instead of the last one.
+        max_files: use this many files, chosen at random; None for all.
+        max_experts: use this many experts of each file; None for all.
+        load_all: keep every file in memory and draw experts with replacement, instead of one shuffled file after
+            another.
+        rng: numpy.random.Generator for the choice of files.
 
     Raises:
         UserError: a file is damaged, of another network, or too short.
     """
 
-    def __init__(self, folder, shapes, epochs, model, max_files=None, max_experts=None, limit=None, load_all=False):
-        self.paths = buffer_files(folder)[:max_files]
+    def __init__(self, folder, shapes, epochs, model, max_files=None, max_experts=None, load_all=False, rng=None):
+        self.paths = buffer_files(folder)
+        if max_files is not None and max_files < len(self.paths):
+            self.paths = [self.paths[number] for number in sorted(rng.permutation(len(self.paths))[:max_files])]
         if not self.paths:
             raise UserError(f"{folder}: expected replay_buffer_0.pt and so on, found none; record experts first")
         self.load_all = load_all
         self.loaded = {}
-        self.counts = []
+        self.counts, self.entries = [], None  # of the shortest trajectory
         for number, path in enumerate(self.paths):
             trajectories = self._load(number)
             for trajectory in trajectories:
                 for entry in trajectory:
                     self._check_shapes(path, [tuple(t.shape) for t in entry], [tuple(s) for s in shapes], model)
+                self.entries = min(len(trajectory), self.entries or len(trajectory))
                 if len(trajectory) < epochs:
                     raise UserError(
                         f"{path}: expected trajectories of {epochs} entries at least (start_sampling_epoch + "
                         f"max_start_epoch + expert_epochs), found {len(trajectory)}; lower these options or record "
                         "experts with more --train_epochs"
                     )
-            left = None if limit is None else limit - sum(self.counts)
-            counted = min(len(trajectories), *(c for c in (max_experts, left) if c is not None), len(trajectories))
-            self.counts.append(counted)
-        self.paths = [path for path, count in zip(self.paths, self.counts, strict=True) if count]
-        self.counts = [count for count in self.counts if count]
+            self.counts.append(min(len(trajectories), max_experts or len(trajectories)))
 
     @staticmethod
     def _check_shapes(path, found, expected, model):
@@ -191,6 +192,18 @@ class Experts:
             )
         return vector
 
+    def drawn(self, number, order, rng):
+        """Return the expert of trajectory `number`: the next one of `order`, with load_all any one."""
+        return int(rng.integers(len(self))) if self.load_all else order[number % len(self)]
+
+    def in_memory(self, number, order):
+        """Return the experts that are in memory when trajectory `number` is drawn, in their order."""
+        if self.load_all:
+            return list(range(len(self)))
+        ends = np.cumsum(self.counts)
+        file = np.searchsorted(ends, order[number % len(self)], side="right")
+        return [expert for expert in order if ends[file] - self.counts[file] <= expert < ends[file]]
+
     def order(self, rng):
         """Return one pass over all experts: files in random order, experts in random order inside a file."""
         starts = [sum(self.counts[:number]) for number in range(len(self.counts))]
@@ -210,6 +223,10 @@ class EpochStates:
 
     def __init__(self, folder):
         self.folder = Path(folder)
+
+    def count(self):
+        """Return how many epochs are saved."""
+        return len(list(self.folder.glob("epoch_*.pt")))
 
     def save(self, epoch, network, optimizer):
         """Save the state after the epoch of index `epoch`."""

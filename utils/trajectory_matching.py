@@ -6,8 +6,8 @@ the loss is L = ‖θ_N − θ*‖² / ‖θ_0 − θ*‖². Its derivatives fol
     λ_N = ∂L/∂θ_N,   λ_i = λ_{i+1} − η H_i λ_{i+1},
     ∂L/∂x_i = −η (∂g/∂x_i)ᵀ λ_{i+1},   ∂L/∂η = −Σ_i ⟨g_i, λ_{i+1}⟩,
 
-for which one step's graph at a time is enough: memory does not grow with N, for the vectors θ_i wait outside of it, in
-a file (CPU) or in the host's memory (GPU). Steps whose graph is retained from the way forward are not computed again.
+for which one step's graph at a time is enough: memory does not grow with N, for the θ_i are offloaded to a file (CPU)
+or to the host's memory (GPU). Steps whose graph is retained from the forward pass are not computed again.
 The result is the gradient of plain unrolling, not an approximation of it.
 
 g, H_i λ and the derivatives with respect to the inputs are sums over the minibatch. So several ranks can share a
@@ -53,9 +53,11 @@ class Step:
 def plan_batches(total, batch, steps, rng):
     """Draw the minibatches of one iteration: random permutations of the union, cut into batches.
 
+    As published, the batches of a permutation are taken from its end.
+
     Args:
         total: images of the union.
-        batch: images in a minibatch; the last of a permutation may be smaller.
+        batch: images in a minibatch; the first of a permutation may be smaller.
         steps: student steps.
         rng: numpy.random.Generator.
 
@@ -65,7 +67,7 @@ def plan_batches(total, batch, steps, rng):
     chunks = []
     while len(chunks) < steps:
         order = rng.permutation(total)
-        chunks += [order[start : start + batch] for start in range(0, total, batch)]
+        chunks += [order[start : start + batch] for start in reversed(range(0, total, batch))]
     return chunks[:steps]
 
 
@@ -93,8 +95,8 @@ def match(
         labels: (N,) int64.
         steps: list of `Step`.
         first_learned: images before this position are frozen; they get no gradient.
-        retained_graphs: how many of the last steps keep their graph on the way forward (0: constant memory; len(steps):
-            the speed and memory of plain unrolling).
+        retained_graphs: how many of the last steps keep their graph in the forward pass (0: constant memory;
+            len(steps): the speed and memory of plain unrolling).
         slice_size: images of a minibatch whose graph is held at once; None for all. Exact for every network
             without batch statistics.
         team: `Team` of ranks that share this iteration, all with the same arguments but retained_graphs; exact for the
@@ -130,7 +132,7 @@ def match(
         products, input_gradients = [], []
         for part in graphs:
             lr_gradient -= part.gradient.detach() @ adjoint
-            # The first step's λ is of no use to anybody.
+            # λ_0 is never used.
             product, input_gradient = part.vjp(adjoint, of_theta=number > 0)
             products.append(product)
             input_gradients.append(input_gradient)
@@ -216,7 +218,7 @@ class _Graph:
 
 
 class _Explicit:
-    """One slice of one step by the derivatives that networks/explicit.py writes out."""
+    """One slice of one step by the derivatives that networks/kernels/explicit.py writes out."""
 
     def __init__(self, student, theta, inputs, targets, total, keep):
         self.student, self.theta, self.total = student, theta, total
@@ -261,7 +263,7 @@ def _pull_back(images, step, gradient, team):
 def choose_retained_graphs(wanted, student, start, synthetic, steps, slice_size=None, team=ALONE):
     """Turn the option --kept_steps into a number: `auto` retains as many graphs as fit half of the free memory.
 
-    The graph of one step is measured, not estimated: the bytes of all tensors that it saves for the way back.
+    The graph of one step is measured, not estimated: the bytes of all tensors that it saves for the backward pass.
 
     Returns:
         int, 0 to len(steps).
@@ -270,7 +272,7 @@ def choose_retained_graphs(wanted, student, start, synthetic, steps, slice_size=
         return min(int(wanted), len(steps))
     largest = max(steps, key=lambda step: len(step.index))
     size = graph_bytes(student, start, synthetic.images, synthetic.labels, largest, slice_size, team)
-    # The way back through a graph needs about as much again while it runs.
+    # The backward pass through a graph needs about as much again while it runs.
     fits = int(free_memory(start.device) / 2 / max(size, 1)) - 1
     return max(0, min(fits, len(steps)))
 
@@ -281,7 +283,7 @@ def graph_bytes(student, theta, images, labels, step, slice_size=None, team=ALON
 
 
 def saved_bytes(make):
-    """Return the bytes of all tensors that what `make()` returns keeps for the way back.
+    """Return the bytes of all tensors that what `make()` returns keeps for the backward pass.
 
     Args:
         make: returns tensors with a graph, or a list of slices of a step.
@@ -405,8 +407,7 @@ class TrajectoryMatcher:
         """
         config, device = self.config, self.synthetic.images.device
         rng = stream(self.seed, "matching", self.stage, number)
-        turn, position = divmod(number, len(self.experts))
-        expert = self.experts.order(stream(self.seed, "experts", self.stage, turn))[position]
+        expert = self.experts.drawn(number, self._order(number), rng)
         epoch = config.first_start_epoch + int(rng.integers(config.max_start_epoch))
         start = self.experts.parameters(expert, epoch).to(device, non_blocking=True)
         target = self.experts.parameters(expert, epoch + config.expert_epochs).to(device, non_blocking=True)
@@ -414,6 +415,14 @@ class TrajectoryMatcher:
         for index in plan_batches(len(self.synthetic), config.batch_syn, config.syn_steps, rng):
             steps.append(Step(to_device(index, device), self._augmentation(len(index), rng)))
         return start, target, steps
+
+    def loaded_experts(self, iteration):
+        """Return the experts of the buffer file that `iteration` draws from, in their shuffled order."""
+        number = iteration * self.config.trajectories
+        return self.experts.in_memory(number, self._order(number))
+
+    def _order(self, number):
+        return self.experts.order(stream(self.seed, "experts", self.stage, number // len(self.experts)))
 
     def _augmentation(self, count, rng):
         """Draw the augmentation of a minibatch; returns a deterministic function of its images."""

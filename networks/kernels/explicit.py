@@ -2,8 +2,8 @@
 
 Trajectory matching needs, for one student step, the gradient g(θ, x) of the cross-entropy with respect to the
 parameters, and later (∂g/∂θ)ᵀλ and (∂g/∂x)ᵀλ for one vector λ (Pearlmutter, Neural Computation 1994). Autograd finds
-them by recording the way back and going back through the record. Here both ways are plain functions of tensors: no
-record is made, sums are taken in place, and a compiler can see all of it.
+them by recording the backward pass and going back through the record. Here both passes are plain functions of tensors:
+no record is made, sums are taken in place, and a compiler can see all of it.
 
 Names: a tensor's gradient is `g` and its name; the derivative of ⟨g, λ⟩ with respect to something is `d` and its name.
 """
@@ -34,8 +34,8 @@ def gradient(parameters, x, labels, total):
     """The gradient of the sum of cross-entropies over `total`.
 
     Args:
-        parameters: list of the ConvNet's parameters: kernel, offset, scale, shift of each block, then weight and bias
-            of the linear layer.
+        parameters: list of the ConvNet's parameters: for each block kernel and offset of the convolution, scale and
+            shift of the norm; then weight and bias of the linear layer.
         x: (B, C, H, W) images.
         labels: (B,) int64.
         total: number that the sum is divided by.
@@ -85,7 +85,7 @@ def vjp(parameters, saved, vectors, total, of_parameters=True):
     features, shares, g_logits, *saved_blocks = saved
     saved_blocks = list(zip(*[iter(saved_blocks)] * 7, strict=True))
 
-    # Forward through the way back: what λ makes of the gradients of the maps, from the first block to the logits.
+    # Forward through the backward pass: what λ makes of the gradients of the maps, from the first block to the logits.
     derivatives, along = [], None
     for block, vector, (inputs, y, z, mean, rstd, a, g_y) in zip(
         _by_four(blocks), _by_four(block_vectors), saved_blocks, strict=True
@@ -99,13 +99,13 @@ def vjp(parameters, saved, vectors, total, of_parameters=True):
         along, d_y, d_scale = fused.second(d_g_y, v_scale, v_shift, a, y, scale, z, mean, rstd)
         derivatives.append((d_kernel, d_y, d_scale))
 
-    # The logits, where the way back turned around.
+    # The logits, where the backward pass began.
     shape, along = along.shape, along.flatten(1)
     d_g_logits = torch.addmm(v_bias, along, weight.T).addmm_(features, v_weight.T)
     d_logits = shares * (d_g_logits - (shares * d_g_logits).sum(1, keepdim=True)) / total
     results = [(g_logits.T @ along).addmm_(d_logits.T, features), d_logits.sum(0)]
 
-    # Back through the way forward.
+    # Back through the forward pass.
     d_x = (g_logits @ v_weight).addmm_(d_logits, weight).view(shape)
     for number in reversed(range(len(saved_blocks))):
         kernel, _, scale, _ = blocks[4 * number : 4 * number + 4]
@@ -153,7 +153,7 @@ def _by_four(parameters):
     return list(zip(*[iter(parameters)] * 4, strict=True))
 
 
-COLOURS = 3  # channels of an image: for so few, gradients of inputs are quicker as columns, too
+RGB_CHANNELS = 3  # channels of an image: for so few, gradients of inputs are quicker as columns, too
 SMALL = 512  # values of an image up to which its convolution is quicker as a product with its columns
 
 
@@ -185,7 +185,7 @@ def _kernel_gradient(g, inputs, kernel):
 
 def _input_gradient(pairs, inputs):
     """Return the sum of the gradients (B, C, H, W) of a convolution's input over pairs (g, kernel)."""
-    if inputs.dim() == 4 and inputs.shape[1] > COLOURS:
+    if inputs.dim() == 4 and inputs.shape[1] > RGB_CHANNELS:
         first, *others = [_convolution_backward(g, inputs, kernel, [True, False, False])[0] for g, kernel in pairs]
         return first.add_(others[0]) if others else first
     columns = sum(_rows(kernel).T @ g.flatten(2) for g, kernel in pairs)

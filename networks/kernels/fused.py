@@ -24,7 +24,7 @@ EPSILON = 1e-5  # of torch.nn.GroupNorm
 
 
 def applies(x):
-    """True where the fused step is made for: planes of even size on a CPU, in whole precision."""
+    """True where the fused step is made for: planes of even size on a CPU, in full precision (float32 or float64)."""
     return x.device.type == "cpu" and x.element_size() >= 4 and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
 
 

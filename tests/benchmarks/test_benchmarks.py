@@ -6,9 +6,12 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -114,10 +117,11 @@ def test_the_estimate_of_many_gpus_covers_all_shapes():
     "name, number, status", [("checkpoint", signal.SIGTERM, 143), ("matching", signal.SIGKILL, -9)]
 )
 def test_a_signal_ends_a_benchmark_with_its_processes(name, number, status, tmp_path):
-    (tmp_path / "tmp").mkdir()
+    # Not below tmp_path: names of sockets in it would be too long for the system.
+    temporary = Path(tempfile.mkdtemp())
     command = [sys.executable, str(PROJECT / f"benchmarks/{name}.py"), "--smallest"]
     # PyTorch makes a cache of its own among temporary files.
-    places = {"TMPDIR": str(tmp_path / "tmp"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    places = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | places
     ) as run:
@@ -125,7 +129,8 @@ def test_a_signal_ends_a_benchmark_with_its_processes(name, number, status, tmp_
         run.send_signal(number)
         _, errors = run.communicate(timeout=120)  # the pipes close when the last of its processes has ended
     assert run.returncode == status and "Traceback" not in errors
-    assert number == signal.SIGKILL or list((tmp_path / "tmp").iterdir()) == []
+    assert number == signal.SIGKILL or list(temporary.iterdir()) == []
+    shutil.rmtree(temporary)
 
 
 @pytest.mark.parametrize("script", ["check_gpu.sh", "check_distributed.sh"])

@@ -1,10 +1,12 @@
+import json
+
 import pytest
 import torch
 
 import networks
 from tests.conftest import EXPERTS, call, files_of
 from utils import training
-from utils.augment import DSA
+from utils.augment import DSA, DCAugment
 from utils.data import datasets
 from utils.run.streams import stream
 from utils.trajectories import buffer_folder, load_buffer
@@ -68,6 +70,54 @@ def test_an_expert_is_plain_sgd_with_augmentation(buffers):
                     parameter -= 0.03 * parameter.grad
 
 
+def test_without_dsa_experts_see_the_augmentation_of_dc(buffers, tmp_path, record):  # SPEC 8.4
+    """One step on all images: cropped as DC does, by its own numbers, and not as they are."""
+    words = [
+        "--train_epochs",
+        1,
+        "--num_experts",
+        1,
+        "--batch_train",
+        2000,
+        "--dsa",
+        "False",
+        "--buffer_path",
+        tmp_path,
+    ]
+    assert record(*EXPERTS, *words)[0] == 0
+    ((before, after),) = load_buffer(tmp_path / "Digits" / "ConvNetW32" / "replay_buffer_0.pt")
+    real = datasets.load("Digits", "", torch.device("cpu"))
+    rng = stream(0, "expert", 0, "train", 0)
+    x, y = real.train.batch(torch.from_numpy(rng.permutation(1437)))
+    u = DCAugment().draw(1437, rng)
+    steps = {}
+    for kind, images in (("plain", x), ("augmented", DCAugment().apply(x, u))):
+        network = networks.get_network("ConvNetW32", 1, 10, 8)
+        with torch.no_grad():
+            for parameter, value in zip(network.parameters(), before, strict=True):
+                parameter.copy_(value)
+        torch.nn.functional.cross_entropy(network(images), y).backward()
+        steps[kind] = torch.cat([(p - 0.03 * p.grad).detach().flatten() for p in network.parameters()])
+    found = torch.cat([value.flatten() for value in after])
+    torch.testing.assert_close(found, steps["augmented"], rtol=1e-5, atol=1e-6)
+    assert float((found - steps["plain"]).abs().max()) > 1e-3
+
+
+def test_experts_of_an_earlier_version_without_dsa_are_not_continued(tmp_path, record):
+    """They saw images as they are; those with DSA are continued."""
+    words = [*EXPERTS, "--train_epochs", 1, "--buffer_path", tmp_path]
+    for dsa, tag in (("False", "plain"), ("True", "dsa")):
+        words = [*EXPERTS, "--train_epochs", 1, "--dsa", dsa, "--buffer_path", tmp_path / tag]
+        assert record(*words, "--num_experts", 1)[0] == 0
+        (path,) = (tmp_path / tag).rglob("buffer.json")
+        content = json.loads(path.read_text())
+        assert content.pop("behaviour") == 2
+        path.write_text(json.dumps(content))
+        assert record(*words, "--num_experts", 1)[0] == 0
+        status, message = record(*words, "--num_experts", 2)
+        assert (status, "begun by an earlier version" in message) == ((2, True) if dsa == "False" else (0, False))
+
+
 def test_more_experts_continue_the_same_set(buffers, tmp_path, record):
     for count in (1, 3):
         assert record(*RECORD, "--buffer_path", tmp_path, "--num_experts", count)[0] == 0
@@ -90,7 +140,8 @@ def test_published_buffers_count_as_they_are(buffers, tmp_path, record):
 def test_pruned_weights_stay_zero(ratio, tmp_path, record):
     words = ["--num_experts", 1, "--train_epochs", 2, "--mom", 0.9, "--l2", 0.001, "--buffer_path", tmp_path]
     assert record(*EXPERTS, *words, "--use-random-pruning", "--sparse-ratio", ratio)[0] == 0
-    (trajectory,) = load_buffer(tmp_path / "Digits" / "ConvNetW32" / "replay_buffer_0.pt")
+    folder = tmp_path / "Digits" / f"ConvNetW32_random_pruning_{ratio}"  # SPEC 8.7
+    (trajectory,) = load_buffer(folder / "replay_buffer_0.pt")
     for start, middle, end in zip(*trajectory, strict=True):
         if start.dim() == 4:
             zeros = start == 0

@@ -188,8 +188,11 @@ def test_subsets_of_imagenet_follow_their_class_indices():
     # Class indices number the folders alphabetically, so both must ascend together, each pair once.
     by_index = sorted(pairs)
     assert [w for _, w in by_index] == sorted(w for _, w in pairs) and len({i for i, _ in pairs}) == len(pairs) == 57
-    assert len(set(imagenet.SUBSETS["imagenet100"])) == 100
-    assert imagenet.SUBSETS["imagenet10"] == imagenet.SUBSETS["imagenet100"][:10]
+    assert len(set(imagenet.subset_classes("imagenet100"))) == 100
+    assert imagenet.subset_classes("imagenet10") == imagenet.subset_classes("imagenet100")[:10]
+    for none in ("imagenet101", "imagenet1", "imagenet0-seed1"):
+        with pytest.raises(UserError, match=f"--subset {none}: expected"):
+            imagenet.subset_classes(none)
 
 
 def test_labels_follow_the_order_of_the_list(written):

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -8,12 +9,12 @@ import torch
 import distill_mtt
 from networks.reparam import flatten
 from tests.conftest import EXPERIMENT, SHORT, STAGES, call, files_of, run_script
-from utils import training
+from utils import forgetting, training
 from utils.augment import DSA
 from utils.data import datasets
 from utils.results.load import load_distilled
 from utils.synthetic import empty_set, load_mtt
-from utils.trajectories import load_buffer
+from utils.trajectories import Experts, load_buffer
 
 FOLDERS = ["interval1_epoch1-2", "interval2_epoch3-4", "interval3_epoch5-6"]
 
@@ -96,7 +97,8 @@ def test_the_transition_starts_from_union_trained_weights(monkeypatch, buffers, 
     trajectories = load_buffer(distilled / FOLDERS[0] / "replay_buffer_0.pt")
     assert len(trajectories) == 3 and all(len(trajectory) == 2 + 2 + 2 for trajectory in trajectories)
     dsa = DSA("color_crop_cutout_flip_scale_rotate")
-    config = training.TrainConfig(4, float(union.syn_lr), 0.9, 5e-4, 128, dsa, lr_milestones=((3, 0.1),))
+    # --override_epoch_eval_train 4 is epochs 0 to 4, the learning rate drops after 4 // 2 + 1: SPEC 8.1.
+    config = training.TrainConfig(5, float(union.syn_lr), 0.9, 5e-4, 128, dsa, lr_milestones=((3, 0.1),))
     for k in (0, 2):
         network = run.network_at(run.experts(1).parameters(k, 0))
         training.train(network, union.dataset(), config, 0, ("transition", 1, k))
@@ -155,6 +157,129 @@ def test_texture_learns_canvases(tmp_path, buffers, run, distil, capsys, monkeyp
     everywhere = images[3].repeat(1, 2, 2).unfold(1, 8, 1).unfold(2, 8, 1).reshape(-1, 8, 8)
     assert all((everywhere == window[0]).all(dim=(1, 2)).any() for window in windows)
     assert len({tuple(window.flatten().tolist()) for window in windows}) > 20
+
+
+def test_evaluations_start_from_the_experts_of_the_file_at_hand(distil, monkeypatch):  # SPEC 8.3
+    """Experts 0 and 1 share a file; an iteration takes one expert of a pass of three."""
+    started, drawn, draw = {}, [], Experts.drawn
+
+    def evaluate(stage, iteration, synthetic, experts, starts, run):
+        started[iteration] = starts
+        return {"ConvNetW32": [50.0]}
+
+    def note(self, *arguments):
+        drawn.append(draw(self, *arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr(distill_mtt, "evaluate", evaluate)
+    monkeypatch.setattr(Experts, "drawn", note)
+    distil("--Iteration", 12, "--eval_it", 1, stages=1)
+    assert len(drawn) == 12 and sorted(started) == list(range(13))
+    for iteration in range(12):
+        turn = drawn[iteration // 3 * 3 : iteration // 3 * 3 + 3]
+        assert sorted(turn) == [0, 1, 2]
+        shares = [2] if drawn[iteration] == 2 else [expert for expert in turn if expert != 2]
+        assert started[iteration] == shares
+    assert len(set(map(tuple, started.values()))) > 1
+
+
+def test_network_k_starts_from_the_k_th_of_them(monkeypatch, buffers, tmp_path):  # SPEC 8.3
+    monkeypatch.setattr(
+        "sys.argv", ["distill_mtt.py", *STAGES, *SHORT, "--buffer_path", str(buffers), "--eval_mode", "C"]
+    )
+    real = datasets.load("Digits", "", torch.device("cpu"))
+    run = distill_mtt.Run(distill_mtt.parse(), real)
+    begun = {}
+
+    def train_and_test(make, count, union, config, test, seed, keys, folder):
+        begun[keys[-1]] = [flatten(make(k).parameters()) for k in range(5)]
+        return [float(count)] * count
+
+    monkeypatch.setattr(distill_mtt.stages, "train_and_test", train_and_test)
+    experts = run.experts(1)
+    synthetic = empty_set(real).extended(torch.zeros(10, 1, 8, 8), torch.arange(10), syn_lr=torch.tensor(0.01))
+    assert distill_mtt.evaluate(1, 0, synthetic, experts, [2, 0], run) == {
+        "ConvNetW32": [2.0] * 2,
+        "ConvNet": [2.0] * 2,
+    }
+    for k, expert in enumerate([2, 0, 2, 0, 2]):
+        assert torch.equal(begun["ConvNetW32"][k], experts.parameters(expert, 0))
+    assert len({tuple(start.tolist()) for start in begun["ConvNet"]}) == 5  # others start anew
+
+
+def test_all_experts_are_matched_and_trained_on(distil, distilled):  # SPEC 8.5
+    """--num_experts is accepted and caps nothing."""
+    folder = distil("--num_experts", 1)
+    assert len(load_buffer(folder / FOLDERS[0] / "replay_buffer_0.pt")) == 3
+    assert torch.equal(best_images(folder, 3), best_images(distilled, 3))
+
+
+def test_a_new_best_of_any_network_saves_the_union_unclamped(distil, monkeypatch):  # SPEC 8.6
+    """The mean over both networks falls at iteration 2, where the second one is better than before."""
+    accuracies = {
+        0: {"ConvNetW32": [50.0, 52.0], "ConvNet": [50.0, 50.0]},
+        2: {"ConvNetW32": [30.0, 30.0], "ConvNet": [50.0, 51.0]},
+        4: {"ConvNetW32": [50.0, 51.0], "ConvNet": [50.0, 50.5]},
+        5: {"ConvNetW32": [51.0, 51.0], "ConvNet": [50.0, 51.0]},
+    }
+    unions = {}
+
+    def evaluate(stage, iteration, synthetic, *_):
+        unions[iteration] = synthetic.images.detach().clone()
+        return accuracies[iteration]
+
+    monkeypatch.setattr(distill_mtt, "evaluate", evaluate)
+    folder = distil("--pix_init", "noise", "--eval_mode", "C", stages=1)
+    folder = folder.with_name(EXPERIMENT.replace("_S_", "_C_")) if not folder.exists() else folder
+    images = torch.load(folder / "images_best.pt", weights_only=True)
+    assert torch.equal(images, unions[2]) and not torch.equal(images, unions[0])
+    assert {p.name for p in folder.glob("images_*.pt")} == {"images_best.pt", "images_0.pt", "images_2.pt"}
+    summary = json.loads((folder / "stage.json").read_text())
+    assert (summary["best_iteration"], summary["best_accuracy"]) == (2, (30 + 30 + 50 + 51) / 4)
+    black, white = (0 - 0.3054) / 0.3760, (1 - 0.3054) / 0.3760
+    assert images.min() < black - 1 and images.max() > white + 1
+
+
+# --drop_easy ----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_dropped_unless_it_is_asked_for(distil, distilled):
+    folder = distil("--drop_easy", 0.0)
+    found, expected = files_of(folder), files_of(distilled)
+    found.pop("config.json")
+    assert len(found) > 20 and [key for key in found if found[key] != expected[key]] == []
+
+
+def test_later_stages_do_without_easy_images(distil, distilled, buffers, monkeypatch, tmp_path):
+    own = tmp_path / "experts"
+    shutil.copytree(buffers, own)
+    scored, used = [], []
+    score, trained = forgetting.expert_scores, distill_mtt.stages.transition
+    monkeypatch.setattr(forgetting, "expert_scores", lambda *a: scored.append(score(*a)) or scored[-1])
+
+    def transition(*arguments):
+        used.append(arguments[4])
+        return trained(*arguments)
+
+    monkeypatch.setattr(distill_mtt.stages, "transition", transition)
+    folder = distil("--drop_easy", 0.5, "--buffer_path", own)
+    assert len(scored) == 1 and scored[0].shape == (1437,)  # once for three stages
+    labels = datasets.load("Digits", "", torch.device("cpu")).train.labels
+    counts = torch.bincount(labels)
+    for share, images in zip((0.25, 0.5), used, strict=True):  # of stages 2 and 3
+        assert torch.bincount(images.labels).tolist() == [n - int(share * n) for n in counts.tolist()]
+    assert torch.equal(best_images(folder, 1), best_images(distilled, 1))
+    assert not torch.equal(best_images(folder, 3), best_images(distilled, 3))
+    before = files_of(folder)
+    distil("--drop_easy", 0.5, "--buffer_path", own, "--tag", "x")
+    assert len(scored) == 1  # kept beside the experts
+    other = files_of(folder.with_name(f"{EXPERIMENT}_x"))
+    assert [k for k in before if k != "config.json" and not k.startswith("data.json") and before[k] != other[k]] == []
+    (path,) = own.rglob("replay_buffer_1.pt")
+    (trajectory,) = load_buffer(path, mmap=False)
+    torch.save([[[value + 0.01 for value in entry] for entry in trajectory]], path)
+    distil("--drop_easy", 0.5, "--buffer_path", own, "--tag", "y")
+    assert len(scored) == 2  # of other experts
 
 
 def test_zca_also_saves_pixels(whitened, cifar_tree):

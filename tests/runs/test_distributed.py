@@ -170,7 +170,7 @@ def idc(tmp_path_factory):
 def test_idc_is_bit_identical_and_goes_on_with_another_number_of_ranks(shape, idc, tmp_path):
     arguments = [*IDC, "--results", tmp_path, "--checkpoint_minutes", 0]
     job = torchrun.Job("distill_idc.py", *arguments, "--phase", 0, "--nclass_sub", 5, shape=shape)
-    job.signal(signal.SIGTERM, r"stage 2/2, outer iteration 0/")
+    job.signal(signal.SIGTERM, r"stage 2/2, sweep 0/")
     status, _, err = job.end(check=False)
     (said,) = words(err, "stopped") + words(err, "error")
     assert status == 1 and re.match(r"stopped: by SIGTERM; state saved to .*interval_1_checkpoint\.pt; run the", said)

@@ -2,19 +2,24 @@ import json
 import re
 import shlex
 
+import numpy as np
 import pytest
 import torch
 
+import distill_idc
+import evaluate_idc
 from tests.conftest import call, files_of, make_tree, run_script
 from tests.support.published import IDC_COMMANDS, write_idc
+from utils import forgetting, training
 from utils.data import datasets
+from utils.synthetic import SyntheticSet
 
 D, E = "distill_idc.py", "evaluate_idc.py"
 SHORT = shlex.split(
     "-d digits --ipc 2 --num-intervals 3 --niter 0.04 --inner_loop 2 --epochs 5 --net_epoch 1 --n_data 64 "
     "--batch_real 8"
 )
-NAME = "conv2in_w0.25_grad_mse_nd64_inloop2_cut_niter0.04_lr0.05_b_real8_random_ipc2"
+NAME = "conv2in_w0.25_grad_mse_nd64_inloop2_cut_niter0.04_factor1_lr0.05_b_real8_random_ipc2"
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +105,14 @@ def test_start_interval_goes_on_from_what_is_on_disk(distilled, run, tmp_path):
 @pytest.mark.parametrize(
     "extra",
     [
-        "--match feat --metric l2",
+        "--match feat --f_idx 0,1",
+        "-n densenet --lr_img 1e-5",
         "--metric l1 --factor 3",
         "--factor 2 --decode_type multi --batch_syn_max 4 --init noise",
         "--factor 2 --decode_type bound --early 1 --fix_iter 2",
         "--mixup vanilla --mixup_net vanilla --transition_pool 1 --transition_batch 2",
         "--norm_type batch --metric cos",
-        "--norm_type sn --metric l1_mean --bias True --fc True --test --time --save_ckpt True",
+        "--norm_type sn --metric l1_mean --bias True --fc True --time --save_ckpt True",
         "-n resnet --depth 10 --width 0.0625 --repeat 2",
     ],
 )
@@ -121,12 +127,20 @@ def test_variants_run_and_evaluate(extra, run, tmp_path):
 
 def test_pretrained_networks(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = [*SHORT, "--num-intervals", 1, "--pt_from", 1, "--pt_num", 2]
+    words = [*SHORT, "--num-intervals", 2, "--pt_from", 1, "--pt_num", 2]
     status, message = run(D, *words)
-    assert status == 2 and "expected a pretrained network, found none" in message
-    assert run(D, *words, "--pretrain")[0] == 0
-    assert len(list(tmp_path.glob("pretrained/digits/conv2in_w0.25/network_*_epoch1.pt"))) == 2
-    assert run(D, *words)[0] == 0
+    assert status == 2 and "expected pretrained networks" in message
+    for seed in (3, 4):  # SPEC 8.15: epochs 1 and 2 of all seeds
+        assert run(D, *words, "--pretrain", "--seed", seed)[0] == 0
+    folder = tmp_path / "pretrained" / "digits" / "conv2in_w0.25"
+    assert {p.name for p in folder.iterdir()} == {f"network_{s}_epoch{e}.pt" for s in (3, 4) for e in (1, 2)}
+    loaded, load, starts = [], distill_idc.load_pretrained, []
+    monkeypatch.setattr(
+        distill_idc, "load_pretrained", lambda path, network: (loaded.append(path), load(path, network))[1]
+    )
+    monkeypatch.setattr(distill_idc.training, "train_together", lambda *_, **__: starts.append(1))
+    assert run(D, *words, "--niter", "0.4", "--inner_loop", 1, "--epochs", 1, "--test")[0] == 0
+    assert len(set(loaded)) == 4 and not starts  # nothing is taught by earlier unions
 
 
 def test_evaluation_reports_every_mode(distilled, run):
@@ -198,9 +212,9 @@ def test_published_files_of_another_shape_are_named(index, tensor, words, new_fo
         ("-d digits --ipc 5000", "class '0' of Digits: expected at least 5000 training images"),
         ("-d digits --ipc 1 --num-intervals 2 --start-interval 2", "expected less than --num-intervals 2"),
         ("-d digits --ipc 1 --start-interval 1", "found no file"),
-        ("-d digits --ipc 1 --pt_from 3", "expected a pretrained network"),
+        ("-d digits --ipc 1 --pt_from 3", "expected pretrained networks"),
         ("-d digits --ipc 1 --metric l3", "invalid choice"),
-        ("-d imagenet --ipc 1 --nclass 30", "expected 10 or 100"),
+        ("-d imagenet --ipc 1 --nclass 101", "expected 2 to 100"),
         ("-d cifar10 --ipc 1 --data_dir /nowhere/x", "/nowhere/x"),
         ("-d digits --ipc 1 -n resnet --depth 11", "depth 11"),
     ],
@@ -232,3 +246,176 @@ def test_pools_and_batches_of_transition_networks(distilled, run, tmp_path):
     assert run(D, *words, tmp_path / "pool", "--transition_pool", 1)[0] == 0
     one, two, pool = ((f / "interval_1_data.pt").read_bytes() for f in (distilled, tmp_path / "two", tmp_path / "pool"))
     assert one == two and one != pool
+
+
+# What the release does -----------------------------------------------------------------------------------------------
+
+
+def digits():
+    return datasets.load("Digits", "", torch.device("cpu"))
+
+
+def parsed(module, monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", [module.__name__, *map(str, words)])
+    return module.parse()
+
+
+def test_a_subset_starts_from_every_second_pixel_of_real_images(run, tmp_path):  # SPEC 8.8
+    """With steps too small to move a pixel, the saved images are the first ones."""
+    words = [*SHORT, "-f", 2, "--num-intervals", 1, "--lr_img", 1e-30, "--test", "--results", tmp_path]
+    assert run(D, *words)[0] == 0
+    images, labels = torch.load(tmp_path / "test" / "interval_0_data.pt", weights_only=True)
+    real = digits().train
+    halves = {
+        label: {tuple(x.flatten().tolist()) for x in real.images[real.labels == label][:, :, ::2, ::2]}
+        for label in range(10)
+    }
+    assert float((255 * images - (255 * images).round()).abs().max()) < 1e-4
+    for image, label in zip((255 * images).round().byte(), labels.tolist(), strict=True):
+        parts = [image[:, y : y + 4, x : x + 4].flatten().tolist() for y in (0, 4) for x in (0, 4)]
+        assert set(map(tuple, parts)) <= halves[label] and len(set(map(tuple, parts))) == 4
+
+
+def test_a_test_evaluates_nothing_and_writes_to_a_folder_of_its_own(run, tmp_path, monkeypatch):  # SPEC 8.16
+    monkeypatch.setattr(distill_idc, "staged_accuracies", None)  # nobody may call it
+    assert run(D, *SHORT, "--num-intervals", 1, "--test", "--results", tmp_path)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["test"]
+    assert (tmp_path / "test" / "interval_0_data.pt").exists()
+    assert "accuracy_mean" not in (tmp_path / "test" / "interval_0_metrics.jsonl").read_text()
+
+
+def test_evaluations_inside_a_stage_begin_each_union_with_a_new_optimiser(run, tmp_path, monkeypatch):  # SPEC 8.12
+    given, train = [], training.train
+
+    def note(network, images, config, seed, keys, optimizer=None, **more):
+        given.append((keys[0], optimizer, config.epochs))
+        return train(network, images, config, seed, keys, optimizer, **more)
+
+    together, earlier = training.train_together, []
+    monkeypatch.setattr(training, "train", note)
+    monkeypatch.setattr(
+        training, "train_together", lambda *a, **k: (earlier.append((a[2].epochs, len(a[1]))), together(*a, **k))[1]
+    )
+    words = [*SHORT, "--num-intervals", 3, "--epochs", 11, "--early", 1, "--results", tmp_path]
+    assert run(D, *words)[0] == 0
+    evaluated = [(optimizer, epochs) for kind, optimizer, epochs in given if kind == "evaluation"]
+    assert evaluated == [(None, 11)] * (1 + 2 + 3)  # once in each stage, through all unions
+    # Two outer iterations in each stage, 11 // 5 epochs on each earlier union of 20 images a stage.
+    assert earlier == [(2, 20)] * 2 + [(2, 20), (2, 40)] * 2
+    assert {epochs for kind, _, epochs in given if kind == "early"} == {1}
+
+
+@pytest.mark.parametrize("decode,expected", [("bound", 180), ("single", 180), ("multi", 20 * (1 + 4 + 9))])
+def test_evaluations_decode_bound_images_as_single_ones(decode, expected, monkeypatch):  # SPEC 8.11
+    """ImageNet-10 -f 3 --ipc 20: 20 * 3 * 3 = 180 images of each class, where the distillation sees 125."""
+    real = digits()
+    union = SyntheticSet(torch.rand(200, 1, 8, 8), torch.arange(10).repeat_interleave(20), counts=[200])
+    words = ["-d", "digits", "-f", 3, "--ipc", 20, "--decode_type", decode]
+    args = parsed(evaluate_idc, monkeypatch, *words)
+    assert torch.bincount(evaluate_idc.decoded(union, args, real).labels).tolist() == [expected] * 10
+    if decode == "bound":
+        args = parsed(distill_idc, monkeypatch, *words)
+        assert torch.bincount(distill_idc.Run(args, real).decoded(union).labels).tolist() == [125] * 10
+
+
+def test_an_evaluation_reports_the_last_and_the_best_of_its_checks(distilled, run, monkeypatch):  # SPEC 8.11
+    base = [*SHORT, "--results", distilled.parent.parent, "--skip_random", "--full_epochs", 2]
+    measured, accuracy = [], training.accuracy
+    monkeypatch.setattr(training, "accuracy", lambda *a: measured.append(accuracy(*a)) or measured[-1])
+    assert run(E, *base, "--epochs", 60)[0] == 0
+    found = json.loads((distilled / "report.json").read_text())
+    assert len(measured) == 3 * 50 + 1
+    for stage, row in enumerate(found["stages"]):
+        own = measured[50 * stage : 50 * (stage + 1)]
+        assert row["checks"] == 50 and row["best_mean"] == max(own) and row["accuracy_mean"] == own[-1]
+    assert "best_mean" not in found["full"]
+    measured.clear()
+    assert run(E, *base, "--epochs", 4, "--checks", 2, "--skip_full")[0] == 0
+    assert len(measured) == 6 and json.loads((distilled / "report.json").read_text())["stages"][0]["checks"] == 2
+
+
+@pytest.mark.parametrize("stages,halved", [(5, []), (6, []), (7, [5, 6]), (8, [5, 6, 7])])  # unions from 0
+def test_the_learning_rate_halves_where_a_seventh_union_follows(stages, halved, monkeypatch):  # SPEC 8.16
+    args = parsed(evaluate_idc, monkeypatch, *SHORT, "--num-intervals", stages, "--lr", 0.4)
+    model = evaluate_idc.eval_model("self", args, digits(), [None] * stages)
+    assert [model.config(index).lr for index in range(stages)] == [0.2 if i in halved else 0.4 for i in range(stages)]
+
+
+@pytest.mark.parametrize("factor,epochs", [(1, 100), (2, 25), (3, 11)])
+def test_the_same_compute_is_a_share_of_the_epochs(factor, epochs, monkeypatch):  # SPEC 8.16
+    words = [*SHORT, "-f", factor, "--epochs", 100, "--same_compute"]
+    for given, expected in (("True", epochs), ("False", 100)):
+        model = evaluate_idc.eval_model("self", parsed(evaluate_idc, monkeypatch, *words, given), digits(), [None] * 3)
+        assert [model.config(index).epochs for index in range(3)] == [expected] * 3
+
+
+def test_sets_of_other_methods_are_evaluated(run, tmp_path):  # SPEC 8.18
+    """Real digits in the files of DSA and KIP teach a network; the report stands beside the file."""
+    real = digits()
+    index = np.concatenate([indices[:10] for indices in real.class_indices])
+    images, labels = real.train.batch(torch.from_numpy(index))
+    torch.save({"data": [[images, labels]]}, tmp_path / "dsa.pt")
+    np.savez(tmp_path / "kip.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=np.eye(10)[labels.numpy()])
+    for name, method in (("dsa.pt", "dsa"), ("kip.npz", "kip")):
+        words = ["-d", "digits", "-s", method, "--epochs", 60, "--eval_models", "self", "--skip_full", "--skip_random"]
+        status, message = run(E, *words, "--override-load-dir", tmp_path / name)
+        assert status == 0, message
+        folder = tmp_path / f"{method}_evaluation"
+        (row,) = json.loads((folder / "report.json").read_text())["stages"]
+        assert row["ipc_total"] == 10 and row["accuracy_mean"] > 50
+    status, message = run(E, "-d", "digits", "-s", "dsa", "--ipc", 1)
+    assert status == 2 and "-s dsa: expected its file with --override-load-dir" in message
+
+
+def test_images_are_matched_with_the_gradients_of_an_efficientnet(cifar_tree, run, tmp_path):  # SPEC 8.18
+    words = ["-d", "cifar10", "--data_dir", cifar_tree, "-n", "efficient", "--ipc", 2, "--num-intervals", 1, "--test"]
+    words += ["--niter", "0.01", "--inner_loop", 1, "--batch_real", 2, "--n_data", 8, "--batch_size", 8]
+    status, message = run(D, *words, "--lr_img", 1e-5, "--results", tmp_path)
+    assert status == 0, message
+    assert torch.load(tmp_path / "test" / "interval_0_data.pt", weights_only=True)[0].shape == (20, 3, 32, 32)
+
+
+def test_a_run_of_an_earlier_version_is_not_continued(distilled, run, tmp_path):
+    """Its finished results are left alone; an unfinished one is refused."""
+    for path in distilled.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content.pop("behaviour") == 2
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    words = [*SHORT, "--results", distilled.parent.parent, "--override-save-dir", tmp_path]
+    assert run(D, *words)[0] == 0
+    (tmp_path / "interval_2.json").unlink()
+    before = files_of(tmp_path)
+    status, message = run(D, *words)
+    assert status == 2 and f"{tmp_path}: begun by an earlier version" in message
+    assert files_of(tmp_path) == before
+
+
+def test_later_stages_do_without_easy_images(distilled, run, tmp_path, monkeypatch):
+    """--drop_easy; a share of 0 changes nothing."""
+    monkeypatch.setattr(distill_idc, "FORGETTING_EPOCHS", 2)
+    monkeypatch.setattr(forgetting, "NETWORKS", 2)
+    matched, scored, score = [], [], forgetting.training_scores
+
+    class Noted(distill_idc.GradientMatcher):
+        def __init__(self, real, *rest):
+            super().__init__(real, *rest)
+            matched.append(real)
+
+    monkeypatch.setattr(distill_idc, "GradientMatcher", Noted)
+    monkeypatch.setattr(forgetting, "training_scores", lambda *a: scored.append(score(*a)) or scored[-1])
+    assert run(D, *SHORT, "--override-save-dir", tmp_path / "all", "--drop_easy", "0.0")[0] == 0
+    assert not scored and {len(real.train) for real in matched} == {1437}
+    for stage in range(3):
+        name = f"interval_{stage}_data.pt"
+        assert (tmp_path / "all" / name).read_bytes() == (distilled / name).read_bytes()
+    matched.clear()
+    assert run(D, *SHORT, "--override-save-dir", tmp_path / "some", "--drop_easy", "0.5")[0] == 0
+    assert len(scored) == 1 and (tmp_path / "some" / "forgetting.pt").exists()
+    counts = torch.bincount(digits().train.labels).tolist()
+    for real, share in zip(matched, (0, 0.25, 0.5), strict=True):
+        assert [len(indices) for indices in real.class_indices] == [n - int(share * n) for n in counts]
+    first, last = (f"interval_{stage}_data.pt" for stage in (0, 2))
+    assert (tmp_path / "some" / first).read_bytes() == (distilled / first).read_bytes()
+    assert (tmp_path / "some" / last).read_bytes() != (distilled / last).read_bytes()

@@ -63,6 +63,7 @@ def accuracies(path):
 
 @results
 def test_evaluations_find_the_same(result, root, run):
+    """The last accuracies; those of PDD+MTT only about, because E epochs mean E + 1 now (SPEC 8.1)."""
     expected = accuracies(root / result / "report.json")
     (root / result / "report.json").unlink()
     if result == MTT:
@@ -70,8 +71,8 @@ def test_evaluations_find_the_same(result, root, run):
         run("evaluate_mtt.py", *WORDS[MTT], *more, "--full_epochs", 2)
     else:
         run("evaluate_idc.py", *WORDS[IDC], "--repeat", 2, "--epochs", 10, "--full_epochs", 2)
-    # Other processors and versions of torch may move an image or two of 360.
-    assert accuracies(root / result / "report.json") == pytest.approx(expected, abs=1.5)
+    # Other processors and versions of torch may move an image or two of 360; PDD+MTT now trains one epoch more.
+    assert accuracies(root / result / "report.json") == pytest.approx(expected, abs=5 if result == MTT else 1.5)
 
 
 @results
@@ -100,3 +101,18 @@ def test_finished_distillations_are_known_as_finished(root, run, buffers):
                   "--override_epoch_eval_train", 10, "--buffer_path", buffers)  # fmt: skip
     assert message.count("done already") == 2
     assert run("distill_idc.py", *WORDS[IDC], "--epochs", 10).count("done already") == 2
+
+
+@results
+def test_unfinished_distillations_are_not_continued(result, root, run, buffers, capsys, monkeypatch):
+    """The same options mean something else now."""
+    if result == MTT:
+        path = root / MTT / "interval2_epoch3-4" / "stage.json"
+        path.write_text(path.read_text().replace('"complete": true', '"complete": false'))
+        words = ["distill_mtt.py", *WORDS[MTT], "--Iteration", 20, "--eval_it", 10, "--num_eval", 1,
+                 "--override_epoch_eval_train", 10, "--buffer_path", buffers]  # fmt: skip
+    else:
+        (root / IDC / "interval_1.json").unlink()
+        words = ["distill_idc.py", *WORDS[IDC], "--epochs", 10]
+    status, message = call(*words, capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 2 and f"{result}: begun by an earlier version" in message

@@ -19,7 +19,7 @@ from tests.support.published import SEED_COMMANDS
 from utils.run import errors, files
 
 SCRIPT = "scripts/reproduce.py"
-PUBLISHED = [row for row in reproduce.ROWS if not row.endswith("-oneshot")]
+PUBLISHED = [row for row in reproduce.PRESETS if not row.endswith(("ipc100", "ipc200"))]
 SEED_EXPERTS = [
     *["--dataset=CIFAR10 --model=ConvNet --train_epochs=50 --num_experts=100 --zca --data_path=data"] * 2,
     *["--dataset=CIFAR100 --model=ConvNet --train_epochs=50 --num_experts=100 --zca --data_path=data"] * 2,
@@ -87,7 +87,7 @@ def test_a_baseline_learns_as_many_images_in_one_stage(scale):
             free.add("lr_img")
             assert pdd["lr_img_scaled"] == pytest.approx(oneshot["lr_img_scaled"])
         assert {key for key in pdd if pdd[key] != oneshot[key]} <= free
-    assert len(folders) == len(reproduce.ROWS)
+    assert len(folders) == 2 * len(PUBLISHED)
 
 
 def test_list_shows_every_row():
@@ -299,3 +299,16 @@ def test_mistakes_end_in_one_line(words, message, tmp_path, monkeypatch, capsys)
     said = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and len(said) == 1 and message in said[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_larger_sets_keep_no_graphs_and_every_row_has_other_architectures():
+    for row in ("cifar10-mtt-ipc100", "cifar100-mtt-ipc200"):
+        _, distillation, evaluation = steps_of(row)
+        assert distillation.args.kept_steps == 0 and distillation.args.num_intervals == 5
+        assert distillation.args.ipc * 5 == int(row.rpartition("ipc")[2])
+        assert evaluation.args.eval_models is None
+    for row in reproduce.PRESETS:
+        evaluation = steps_of(f"{row}-cross")[-1]
+        assert evaluation.args.eval_models == ["self", "AlexNet", "VGG11", "ResNet18"]
+        plain = vars(steps_of(row)[-1].args) | {"eval_models": evaluation.args.eval_models}
+        assert vars(evaluation.args) == plain  # the same result, evaluated with more networks

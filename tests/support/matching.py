@@ -57,6 +57,9 @@ class ExpertsInMemory:
     def order(self, rng):
         return rng.permutation(len(self)).tolist()
 
+    def drawn(self, number, order, _rng):
+        return order[number % len(order)]
+
 
 def union_and_experts(experts=2, entries=4, counts=(4, 4)):
     """Return a student, experts of random trajectories and a union of two stages, in float64."""

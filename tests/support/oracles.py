@@ -2,6 +2,7 @@
 
 import math
 
+import scipy.ndimage
 import torch
 from torch.nn import functional as F
 
@@ -36,7 +37,10 @@ def augment_one(x, name, u, align_corners):
                 elif top <= row < top + side[0] and left <= column < left + side[1]:
                     out[:, row, column] = 0
         return out
-    if name == "scale":
+    if name == "translate":  # up to the crop's reach, in half-widths
+        right, down = ((value - 0.5) * 2 * 0.125 * 2 for value in u[:2])
+        theta = torch.tensor([[1, 0, right], [0, 1, down]], dtype=x.dtype)
+    elif name == "scale":
         factors = [1 / 1.2 + value * (1.2 - 1 / 1.2) for value in u[:2]]
         theta = torch.tensor([[factors[0], 0, 0], [0, factors[1], 0]], dtype=x.dtype)
     else:
@@ -46,3 +50,26 @@ def augment_one(x, name, u, align_corners):
         )
     grid = F.affine_grid(theta[None], (1, channels, height, width), align_corners=align_corners)
     return F.grid_sample(x[None], grid, padding_mode="zeros", align_corners=align_corners)[0]
+
+
+def dc_augment_one(x, u, mean):
+    """DC's augmentation of one image x (C, H, H), as its authors' code does it; `mean` (C,) is of the whole batch."""
+    size = x.shape[1]
+    if u[0] < 1 / 3:
+        padded = mean[:, None, None].expand(-1, size + 8, size + 8).clone()
+        padded[:, 4 : 4 + size, 4 : 4 + size] = x
+        top, left = int(u[1] * 8), int(u[2] * 8)
+        return padded[:, top : top + size, left : left + size]
+    if u[0] < 2 / 3:
+        height, width = (int((0.8 + 0.4 * float(value)) * size) for value in u[1:])
+        shrunk = F.interpolate(x[None], (height, width))[0]
+        whole = max(height, width, size)
+        canvas = torch.zeros(x.shape[0], whole, whole, dtype=x.dtype)
+        top, left = (whole - height) // 2, (whole - width) // 2
+        canvas[:, top : top + height, left : left + width] = shrunk
+        at = (whole - size) // 2
+        return canvas[:, at : at + size, at : at + size]
+    angle = int(u[1] * 90) - 45
+    turned = scipy.ndimage.rotate(x.numpy(), angle, axes=(-2, -1), cval=float(mean.mean()))
+    top, left = ((side - size) // 2 for side in turned.shape[1:])
+    return torch.from_numpy(turned[:, top : top + size, left : left + size])

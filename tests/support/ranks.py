@@ -51,7 +51,7 @@ def idc_sweeps():
     matcher = GradientMatcher(real, synthetic, config)
     torch.manual_seed(0)
     network = networks.idc_network("convnet", 1, 10, 8, depth=2, width=0.25).double()
-    losses = [matcher.sweep(network, stream(0, turn)) for turn in range(2)]
+    losses = [matcher.sweep(network, turn) for turn in range(2)]
     return synthetic.learned, matcher.momentum_buffer, torch.stack(losses)
 
 

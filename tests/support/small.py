@@ -14,17 +14,17 @@ _idc = (
     "-d digits --ipc 1 --num-intervals 2 --niter 0.04 --inner_loop 2 --net_epoch 1 --n_data 64 --batch_real 8 "
     "--save_ckpt True"
 )
-_words = {
+_words = {  # PDD+MTT trains on unions for one epoch more than its options say
     BUFFER: "--num_experts 2 --save_interval 2 --train_epochs 2",
-    DISTILL: f"{_stages} --Iteration 3 --eval_it 2 --num_eval 1 --override_epoch_eval_train 2 --num_experts 2",
-    EVALUATE: f"{_stages} --num_experts 1 --num_eval 1 --epoch_eval_train 8 --full_epochs 2 --save_model",
+    DISTILL: f"{_stages} --Iteration 3 --eval_it 2 --num_eval 1 --override_epoch_eval_train 1 --num_experts 2",
+    EVALUATE: f"{_stages} --num_experts 1 --num_eval 1 --epoch_eval_train 7 --full_epochs 2 --save_model",
     DISTILL_IDC: f"{_idc} --epochs 5",
     EVALUATE_IDC: f"{_idc} --epochs 8 --full_epochs 2",
 }
 EXPERIMENT = "l/Digits/Digits_ConvNetW32_S_ipc1_max1_syn2_real1_img100.0_1e-05_0.03_increase"
 STAGE = f"{EXPERIMENT}/interval1_epoch1-1"
 EXPERT_FOLDER = "b/Digits/ConvNetW32"
-IDC_FOLDER = "r/digits/conv2in_w0.25_grad_mse_nd64_inloop2_cut_niter0.04_lr0.05_b_real8_random_ipc1"
+IDC_FOLDER = "r/digits/conv2in_w0.25_grad_mse_nd64_inloop2_cut_niter0.04_factor1_lr0.05_b_real8_random_ipc1"
 # Folders that a script reads and the one it writes, below the common one.
 READS = {BUFFER: "", DISTILL: "b", EVALUATE: "bl", DISTILL_IDC: "", EVALUATE_IDC: "r"}
 WRITES = {BUFFER: "b", DISTILL: "l", EVALUATE: "l", DISTILL_IDC: "r", EVALUATE_IDC: "r"}

@@ -12,11 +12,13 @@ from utils.gradient_matching import (
     GradientMatcher,
     class_sweep,
     distance,
+    feature_range,
     matched_parameters,
     matching_loss,
     momentum_ahead,
 )
 from utils.multi_formation import decode_class, origins
+from utils.run.streams import stream
 from utils.synthetic import SyntheticSet
 
 
@@ -105,10 +107,29 @@ def test_which_gradients_count():
 def test_features_are_means_over_the_batch(net_type, depth):
     network = networks.idc_network(net_type, 3, 10, 16, depth=depth, width=0.125).double()
     real, synthetic = torch.randn(5, 3, 16, 16).double(), torch.randn(3, 3, 16, 16).double().requires_grad_()
-    found = matching_loss(network, real, synthetic, 0, "feat", "mse", f_idx=4)
+    found = matching_loss(network, real, synthetic, 0, "feat", "mse", f_idx=(4, 4))
     maps = [network.blocks(x)[-1].mean(0) for x in (real, synthetic)]
     assert float(found.detach()) == pytest.approx(float(((maps[0] - maps[1]) ** 2).sum().detach()))
     assert torch.autograd.grad(found, synthetic)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("f_idx,blocks", [("0", [0]), ("1", [1]), ("0,1", [0, 1]), ("1,2", [1, 2]), ("1,9", [1, 2])])
+def test_features_of_a_range_of_blocks_are_summed(f_idx, blocks):  # SPEC 8.13
+    network = networks.idc_network("convnet", 3, 10, 16, depth=3, width=0.125).double()
+    real, synthetic = torch.randn(5, 3, 16, 16).double(), torch.randn(3, 3, 16, 16).double()
+
+    def features(x):
+        maps, modules = [], iter(network.features)
+        for _ in range(3):  # convolution, normalisation, activation, pooling
+            for _ in range(4):
+                x = next(modules)(x)
+            maps.append(x.mean(0))
+        return maps
+
+    pairs = list(zip(features(real), features(synthetic), strict=True))
+    expected = sum(float(((pairs[block][0] - pairs[block][1]) ** 2).sum()) for block in blocks)
+    found = matching_loss(network, real, synthetic, 0, "feat", "mse", f_idx=feature_range(f_idx))
+    assert float(found) == pytest.approx(expected)
 
 
 def digits_and_union(counts=(20, 20)):
@@ -130,11 +151,12 @@ def test_one_sweep_in_three_lines_without_files(counts):
     config = GradientMatchConfig(lr=0.05, augment=DSA("color_crop", "idc"), factor=2, batch_real=4)
     matcher = GradientMatcher(real, union, config)
     before = union.images.clone()
-    found = [float(matcher.sweep(small_network(), rng)) for rng in map(np.random.default_rng, (7, 8))]
+    found = [float(matcher.sweep(small_network(), number)) for number in (7, 8)]
 
     batches = []
-    for rng in map(np.random.default_rng, (7, 8)):
-        draws = [matcher._draw(label, rng) for label in range(10)]
+    for number in (7, 8):
+        rng = stream(0, "sweep", 0, number)
+        draws = [matcher._draw(label, number, rng) for label in range(10)]
         assert all(cut is None and (real.train.labels[index] == c).all() for c, (index, cut, _) in enumerate(draws))
         batches.append([((real.train.images[index].float() / 255).double(), draw) for index, _, draw in draws])
     stages = before.view(len(counts), 10, 2, 1, 8, 8)
@@ -150,13 +172,27 @@ def test_one_sweep_in_three_lines_without_files(counts):
     assert found == pytest.approx([sum(losses[:10]), sum(losses[10:])], rel=1e-12)
 
 
+def test_real_images_of_a_class_come_from_an_endless_shuffle():  # SPEC 8.17
+    """Class 3 of the digits: minibatches of 64 repeat no image before the class is used up."""
+    real, union = digits_and_union((20,))
+    matcher = GradientMatcher(real, union, GradientMatchConfig(0.05, DSA("none", "idc"), batch_real=64))
+    count = len(real.class_indices[3])
+    assert 128 <= count < 192  # so that two minibatches are one permutation
+    drawn = [set(matcher._draw(3, number, np.random.default_rng(0))[0].tolist()) for number in range(8)]
+    assert all(len(batch) == 64 and batch <= set(real.class_indices[3].tolist()) for batch in drawn)
+    assert all(not drawn[at] & drawn[at + 1] for at in range(0, 8, 2))
+    assert len(set(map(frozenset, drawn))) == 8  # another permutation each time
+    other = GradientMatcher(real, union, matcher.config, stage=1)
+    assert set(other._draw(3, 0, np.random.default_rng(0))[0].tolist()) != drawn[0]
+
+
 def test_more_decoded_images_than_the_limit_are_cut_at_random():
     real, union = digits_and_union((20,))
     config = GradientMatchConfig(0.05, DSA("none", "idc"), factor=2, batch_real=4, batch_syn_max=3)
     matcher = GradientMatcher(real, union, config)
-    cuts = [matcher._draw(4, np.random.default_rng(seed))[1] for seed in range(20)]
+    cuts = [matcher._draw(4, 0, np.random.default_rng(seed))[1] for seed in range(20)]
     assert all(len(set(cut)) == 3 and set(cut) <= set(range(8)) for cut in cuts) and len(set(map(tuple, cuts))) > 10
     for seed, cut in enumerate(cuts[:5]):
-        _, gradient = matcher._match_class(small_network(), 4, *matcher._draw(4, np.random.default_rng(seed)))
+        _, gradient = matcher._match_class(small_network(), 4, *matcher._draw(4, 0, np.random.default_rng(seed)))
         used = set(origins(2, 2, "single")[cut].tolist())
         assert {slot for slot in range(2) if gradient[slot].abs().sum() > 0} == used

@@ -20,7 +20,6 @@ from utils.data import datasets
 from utils.data.datasets import ImageDataset
 from utils.gradient_matching import GradientMatchConfig, GradientMatcher
 from utils.options import DSA_STRATEGY
-from utils.run.streams import stream
 from utils.stages import evaluation_config
 from utils.students import Student, StudentConfig
 from utils.synthetic import SyntheticSet
@@ -124,8 +123,8 @@ def test_a_sweep_of_idc_and_its_network(match, metric, cutmix, monkeypatch):
     train_config = training.TrainConfig(2, 0.01, 0.9, 5e-4, 16, DSA(DSA_STRATEGY, "idc"), cutmix=cutmix)
     student = Student(
         lambda number: networks.idc_network("convnet", 1, 10, 8, depth=2, width=0.25).to(META),
-        [], real.train, StudentConfig(train_config, None, train_config, 50), 1, 0, 0, None, None,
+        [], real.train, StudentConfig(train_config, None, train_config, 50), 1, 2, 0, 0, None, None,
     )  # fmt: skip
     student.begin(0)
-    assert matcher.sweep(student.network, stream(0)).device == META
+    assert matcher.sweep(student.network, 0).device == META
     student.train_on_real(0, 0)

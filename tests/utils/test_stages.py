@@ -24,11 +24,32 @@ def same(one, other):
     return all(torch.equal(p, q) for p, q in zip(one, other, strict=True))
 
 
-def test_training_on_a_union_drops_its_learning_rate_after_half():
+@pytest.fixture
+def steps(monkeypatch):
+    """Counts the steps of SGD."""
+    taken, step = [], torch.optim.SGD.step
+
+    def count(optimizer, closure=None):
+        taken.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, closure)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", count)
+    return taken
+
+
+def test_training_on_a_union_drops_its_learning_rate_after_half():  # SPEC 8.1
     config = evaluation_config(10, torch.tensor(0.5), 32, None)
-    assert [config.lr_at(epoch) for epoch in range(10)] == pytest.approx([0.5] * 7 + [0.05] * 3)
-    assert (config.epochs, config.momentum, config.weight_decay, config.batch_size) == (10, 0.9, 5e-4, 32)
+    assert [config.lr_at(epoch) for epoch in range(11)] == pytest.approx([0.5] * 7 + [0.05] * 4)
+    assert (config.epochs, config.momentum, config.weight_decay, config.batch_size) == (11, 0.9, 5e-4, 32)
     assert isinstance(config.lr, float)
+
+
+def test_an_evaluation_of_four_epochs_takes_five(real, tmp_path, steps):  # SPEC 8.1
+    """20 images in minibatches of 8 are 3 steps an epoch; the learning rate drops after index 4 // 2 + 1."""
+    config = evaluation_config(4, 0.5, 8, None)
+    make = lambda k: training.new_network("MLP", real, 0, k)  # noqa: E731
+    train_and_test(make, 2, union(real, 0, 20), config, real.test, 0, ("x",), tmp_path)
+    assert steps == pytest.approx(([0.5] * 12 + [0.05] * 3) * 2)
 
 
 def test_momentum_is_carried_from_union_to_union(real):
@@ -49,12 +70,32 @@ def test_momentum_is_carried_from_union_to_union(real):
             rng = training.stream(5, "x", 1, index, epoch)
             training.train_epoch(twin, optimizer, images, configs[index], rng)
         expected.append(training.accuracy(twin, real.test))
-    assert same(network.parameters(), twin.parameters()) and accuracies == expected
+    assert same(network.parameters(), twin.parameters()) and accuracies == [[value] for value in expected]
 
     other = training.new_network("MLP", real, 0)
     for index, images in enumerate(unions):  # a new optimiser for each union is something else
         training.train(other, images, configs[index], 5, ("x", 1, index))
     assert not same(network.parameters(), other.parameters())
+    anew = training.new_network("MLP", real, 0)  # SPEC 8.12: an evaluation inside a stage
+    staged_accuracies(anew, unions, configs.__getitem__, real.test, 5, ("x", 1), carry=False)
+    assert same(anew.parameters(), other.parameters())
+
+
+@pytest.mark.parametrize("epochs,checks,after", [(6, 3, [2, 4, 6]), (5, 2, [2, 5]), (2, 50, [1, 2]), (4, 1, [4])])
+def test_checks_are_at_equal_distances_and_the_last_is_the_end(epochs, checks, after, real):  # SPEC 8.11
+    config = training.TrainConfig(epochs, 0.02, 0.9, batch_size=16)
+    network = training.new_network("MLP", real, 0)
+    unions = [union(real, 0, 20), union(real, 0, 40)]
+    found = staged_accuracies(network, unions, lambda _: config, real.test, 5, ("x",), checks=checks)
+    twin, optimizer, expected = training.new_network("MLP", real, 0), None, []
+    for index, images in enumerate(unions):
+        tested = {}
+        optimizer = training.train(
+            twin, images, config, 5, ("x", index), optimizer,
+            after_epoch=lambda epoch, _, tested=tested: tested.update({epoch + 1: training.accuracy(twin, real.test)}),
+        )  # fmt: skip
+        expected.append([tested[epoch] for epoch in after])
+    assert found == expected
 
 
 def test_random_unions_are_nested_and_of_their_classes(real):
@@ -134,6 +175,12 @@ def transition(real, tmp_path):
         training.train(trained, images, config, 3, ("transition", 1, k))
         run.plain.append(record_trajectory(trained, part, real_config, 3, ("trajectory", 1, k)))
     return run
+
+
+def test_a_transition_of_two_epochs_takes_three_on_the_union(transition, tmp_path, steps):  # SPEC 8.1
+    """20 images in minibatches of 16: 2 steps an epoch; then 2 epochs on 40 real ones, 3 steps each."""
+    transition(tmp_path / "after")
+    assert steps == pytest.approx(([0.02] * 3 * 2 + [0.03] * 2 * 3) * 3)
 
 
 def test_a_transition_trains_each_expert_on_the_union_then_records_it(transition, tmp_path):

@@ -162,6 +162,23 @@ def test_cutmix_shares_the_labels():
     assert math.isclose(training.mixed_loss(logits, y, None, 1.0), plain, rel_tol=1e-12)
 
 
+@pytest.mark.parametrize("kind,cropped", [("crop", True), ("no_crop", False)])
+def test_imagenets_augmentation_sees_pixels(kind, cropped, monkeypatch):  # SPEC 8.10
+    """Network space comes after it."""
+    images = ImageDataset(torch.full((6, 3, 4, 4), 255, dtype=torch.uint8), torch.arange(6), ((0.5,) * 3, (0.25,) * 3))
+    given = []
+
+    def augment(x, rng, crop):
+        given.append((float(x.max()), crop))
+        return x / 2
+
+    monkeypatch.setattr(training, "imagenet_augment", augment)
+    config = training.TrainConfig(1, 0.1, batch_size=4, imagenet=kind)
+    batches = list(training.minibatches(images, config, np.random.default_rng(0)))
+    assert given == [(1.0, cropped)] * 2 and [len(x) for x, *_ in batches] == [4, 2]
+    assert all((x == (1 / 2 - 0.5) / 0.25).all() for x, *_ in batches)
+
+
 def test_every_minibatch_has_its_own_dropout():
     masks = []
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(64, 10))

@@ -190,21 +190,49 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     "limits,expected",
     [
-        ((None, None, None), [0, 1, 2, 3, 4]),
-        ((2, None, None), [0, 1, 2, 3]),
-        ((None, 1, None), [0, 2, 4]),
-        ((None, None, 3), [0, 1, 2]),
-        ((None, None, 2), [0, 1]),
-        ((2, 1, 9), [0, 2]),
-        ((None, 1, 2), [0, 2]),
+        ((None, None), [0, 1, 2, 3, 4]),
+        ((3, None), [0, 1, 2, 3, 4]),
+        ((9, 2), [0, 1, 2, 3, 4]),
+        ((None, 1), [0, 2, 4]),
     ],
 )
 def test_limits_choose_experts(limits, expected, load_all, folder):
-    experts = Experts(folder, SHAPES, 3, "Net", *limits, load_all)
+    experts = Experts(folder, SHAPES, 3, "Net", *limits, load_all, np.random.default_rng(0))
     assert len(experts) == len(expected)
     for number, expert in enumerate(expected):
         for epoch in range(3):
             assert experts.parameters(number, epoch).tolist() == [10.0 * expert + epoch] * 8
+
+
+def test_max_files_are_chosen_at_random(folder):  # SPEC 8.5
+    chosen = set()
+    for seed in range(40):
+        experts = Experts(folder, SHAPES, 3, "Net", max_files=2, rng=np.random.default_rng(seed))
+        numbers = [int(experts.parameters(k, 0)[0]) // 10 for k in range(len(experts))]
+        again = Experts(folder, SHAPES, 3, "Net", max_files=2, rng=np.random.default_rng(seed))
+        assert again.paths == experts.paths
+        chosen.add(tuple(numbers))
+    assert chosen == {(0, 1, 2, 3), (0, 1, 4), (2, 3, 4)}
+
+
+def test_experts_in_memory_are_those_of_the_file_that_is_read(folder):  # SPEC 8.3
+    experts = Experts(folder, SHAPES, 3, "Net")
+    order = [3, 2, 4, 1, 0]  # experts 0 and 1 share a file, 2 and 3 another
+    assert [experts.in_memory(number, order) for number in range(7)] == [
+        [3, 2], [3, 2], [4], [1, 0], [1, 0], [3, 2], [3, 2],
+    ]  # fmt: skip
+    assert [experts.drawn(number, order, None) for number in range(7)] == [3, 2, 4, 1, 0, 3, 2]
+    few = Experts(folder, SHAPES, 3, "Net", max_experts=1)
+    assert [few.in_memory(number, [1, 0, 2]) for number in range(3)] == [[1], [0], [2]]
+    assert Experts(folder, SHAPES, 3, "Net", load_all=True).in_memory(2, order) == [0, 1, 2, 3, 4]
+
+
+def test_load_all_draws_with_replacement(folder):  # SPEC 8.5
+    experts = Experts(folder, SHAPES, 3, "Net", load_all=True)
+    drawn = [experts.drawn(number, [3, 2, 4, 1, 0], np.random.default_rng(number)) for number in range(500)]
+    assert all(abs(drawn.count(expert) - 100) < 45 for expert in range(5))  # 5 standard deviations
+    # A pass of 5 draws misses no expert with probability 5! / 5^5 = 0.0384; 100 passes, 5 standard deviations.
+    assert sum(sorted(drawn[at : at + 5]) == [0, 1, 2, 3, 4] for at in range(0, 500, 5)) < 14
 
 
 def test_a_pass_shuffles_files_and_the_experts_inside_a_file(folder):

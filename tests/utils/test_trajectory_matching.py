@@ -97,17 +97,26 @@ def test_frozen_images_are_seen_and_get_no_gradient(first_learned):
 
 def test_minibatches_run_through_permutations_of_the_union():
     batches = plan_batches(10, 4, 7, np.random.default_rng(0))
-    assert [len(b) for b in batches] == [4, 4, 2, 4, 4, 2, 4]
+    assert [len(b) for b in batches] == [2, 4, 4, 2, 4, 4, 2]
     for begin in (0, 3):
         assert sorted(np.concatenate(batches[begin : begin + 3])) == list(range(10))
     assert not np.array_equal(np.concatenate(batches[:3]), np.concatenate(batches[3:6]))
+
+
+def test_the_short_minibatch_of_a_permutation_comes_first():  # SPEC 8.2
+    """Tiny ImageNet, stage 1: 400 images in minibatches of 64, taken from the end of the permutation."""
+    order = np.random.default_rng(3).permutation(400)
+    batches = plan_batches(400, 64, 7, np.random.default_rng(3))
+    assert [len(batch) for batch in batches] == [16, 64, 64, 64, 64, 64, 64]
+    assert np.array_equal(batches[0], order[384:]) and np.array_equal(batches[1], order[320:384])
+    assert np.array_equal(batches[6], order[:64])
 
 
 def test_budget_is_between_none_and_all(monkeypatch):
     student, start, _, _, images, labels, steps, _ = case()
     union = SyntheticSet(images, labels)
     assert choose_retained_graphs("auto", student, start, union, steps) == len(steps)
-    size = graph_bytes(student, start, images, labels, steps[0])
+    size = graph_bytes(student, start, images, labels, max(steps, key=lambda step: len(step.index)))
     monkeypatch.setattr("utils.trajectory_matching.free_memory", lambda _: 8 * size)
     assert choose_retained_graphs("auto", student, start, union, steps) == 3
     assert choose_retained_graphs("3", student, start, union, steps) == 3
@@ -252,7 +261,7 @@ def test_windows_of_canvases_are_the_same_on_both_ways_through():
     loss = matcher.backward(0)
     found = canvases.learned.grad
     start, target, steps = matcher.plan(0)
-    assert len(steps[0].augment(canvases.images[steps[0].index])) == 6
+    assert [len(step.augment(canvases.images[step.index])) for step in steps] == [4, 6, 6, 4]
     images = canvases.images.clone().requires_grad_()
     theta = start.clone().requires_grad_()
     for step in steps:

@@ -33,12 +33,14 @@ class DecodeSpec:
         im_size: height and width in pixels.
         resize: bring the shorter side to im_size and cut out the centre; else other sizes are refused.
         measure: find mean and standard deviation of the training images.
+        antialias: when resizing.
     """
 
     channel: int
     im_size: int
     resize: bool = False
     measure: bool = False
+    antialias: bool = True
 
 
 def read(name, root, spec, num_classes=None, classes=None):

@@ -60,12 +60,16 @@ class ImageDataset:
 
     def batch(self, index):
         """Return network-space images (B, C, H, W) float32 and labels (B,) at `index` (a tensor or slice)."""
+        return self.normalize(self.pixels(index)), self.labels[index]
+
+    def pixels(self, index):
+        """Return the images (B, C, H, W) float32 at `index`: pixels in [0, 1], or network space if they are in it."""
         images = self.images[index]
-        if images.dtype == torch.uint8:
-            images = images.float().div_(255)
-        if self.normalise:
-            images = images.sub(self.mean).div_(self.std)
-        return images, self.labels[index]
+        return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+    def normalize(self, pixels):
+        """Return what `pixels` returned in network space."""
+        return pixels.sub(self.mean).div_(self.std) if self.normalise else pixels
 
     def subset(self, index):
         """Return the `ImageDataset` of the images at `index` (an int64 tensor)."""
@@ -162,7 +166,7 @@ def _indices_by_class(labels, num_classes):
     return [np.flatnonzero(labels == label) for label in range(num_classes)]
 
 
-def load(name, data_path, device, whiten=False, statistics=None, subset=None, res=None):
+def load(name, data_path, device, whiten=False, statistics=None, subset=None, res=None, antialias=True):
     """Load data set `name` and put it on `device`.
 
     Args:
@@ -172,6 +176,7 @@ def load(name, data_path, device, whiten=False, statistics=None, subset=None, re
         whiten: ZCA whitening fitted on the training images instead of mean and standard deviation.
         statistics: (mean, std) instead of the data set's own.
         subset, res: which part of ImageNet; pixels of ImageNet and of own folders (default: `RES`).
+        antialias: when bringing them to these pixels.
 
     Returns:
         `RealData`.
@@ -180,7 +185,7 @@ def load(name, data_path, device, whiten=False, statistics=None, subset=None, re
         UserError: the data are missing or damaged.
     """
     with distributed.leaders_first():
-        arrays = read(name, data_path, subset, res)
+        arrays = read(name, data_path, subset, res, antialias)
         info = arrays.info
         if whiten:
             info = info.replace(zca=True, whitening=_whitening(arrays.train_images, data_path, device))
@@ -210,7 +215,7 @@ def _whitening(images, data_path, device):
     return whitening
 
 
-def read(name, data_path, subset=None, res=None):
+def read(name, data_path, subset=None, res=None, antialias=True):
     """Return the `ImageArrays` of data set `name` below `data_path`; arguments as for `load`.
 
     Raises:
@@ -224,13 +229,13 @@ def read(name, data_path, subset=None, res=None):
     elif name in originals.NAMES and not (root / "train").is_dir():
         arrays, class_names = originals.read(info, root)
     else:
-        return _read_folders(name, root, info, subset, res)
+        return _read_folders(name, root, info, subset, res, antialias)
     return ImageArrays(
         *arrays, info.replace(class_names=class_names, fingerprint=pixel_fingerprint(arrays, class_names))
     )
 
 
-def _read_folders(name, root, info, subset, res):
+def _read_folders(name, root, info, subset, res, antialias):
     if not (root / "train").is_dir():
         raise UserError(
             f"{root}: expected train/<class>/… and test/<class>/… of {name}, found no "
@@ -242,7 +247,7 @@ def _read_folders(name, root, info, subset, res):
         arrays, names, _, fingerprint = class_folders.read(name, root, spec, info.num_classes)
         return ImageArrays(*arrays, info.replace(class_names=names, fingerprint=fingerprint))
     size = res or RES
-    spec = class_folders.DecodeSpec(3, size, resize=True, measure=name == "folder")
+    spec = class_folders.DecodeSpec(3, size, resize=True, measure=name == "folder", antialias=antialias)
     classes = imagenet.subset_classes(subset) if name == "ImageNet" else None
     cache = dataset_subdir(name, root, subset, res).replace("/", "-")
     arrays, names, measured, fingerprint = class_folders.read(cache, root, spec, classes=classes)

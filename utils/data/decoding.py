@@ -88,6 +88,8 @@ def decode_image(path, spec):
         raise UserError(f"{path}: expected an image, found a damaged file ({one_line(error)[:60]})") from None
     size = spec.im_size
     if spec.resize:
+        if not spec.antialias:
+            image = functional.to_pil_image(functional.resize(functional.pil_to_tensor(image), size, antialias=False))
         image = functional.center_crop(functional.resize(image, size), [size, size])
     elif image.size != (size, size):
         width, height = image.size

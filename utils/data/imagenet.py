@@ -1,10 +1,13 @@
 """Subsets of ImageNet by the names of their class folders (WordNet identifiers).
 
 MTT names its subsets by class indices 0-999: the places of these folders among all thousand in alphabetical order.
-IDC's ImageNet-10 and ImageNet-100 are the first lines of imagenet100_wnids.txt.
+IDC's ImageNet-10 and ImageNet-100 are the first lines of imagenet100_wnids.txt; a seed chooses other lines.
 """
 
+import re
 from pathlib import Path
+
+import numpy as np
 
 from ..run.errors import UserError
 
@@ -20,31 +23,37 @@ SUBSETS = {
 }
 SUBSETS = {name: folders.split() for name, folders in SUBSETS.items()}
 IDC_CLASSES = (Path(__file__).parent / "imagenet100_wnids.txt").read_text().split()
-SUBSETS |= {f"imagenet{count}": IDC_CLASSES[:count] for count in (10, 100)}
+IDC_SUBSET = re.compile(r"imagenet(\d+)(?:-seed(\d+))?")
 
 
 def subset_name(subset):
     """Return the name of a subset: itself, or the stem of the file that lists it."""
-    return subset if subset in SUBSETS else Path(subset).stem
+    return subset if subset in SUBSETS or IDC_SUBSET.fullmatch(subset) else Path(subset).stem
 
 
 def subset_classes(subset):
     """Return the class folders of a subset in the order of their labels.
 
     Args:
-        subset: a key of `SUBSETS`, or a text file with one folder name on each line.
+        subset: a key of `SUBSETS`, `imagenet{N}` or `imagenet{N}-seed{S}` (IDC), or a text file with one folder name on
+            each line.
 
     Raises:
         UserError: neither, or a file that names no folder or one twice.
     """
     if subset in SUBSETS:
         return SUBSETS[subset]
+    match = IDC_SUBSET.fullmatch(subset)
+    if match and 2 <= int(match[1]) <= len(IDC_CLASSES):
+        count, seed = int(match[1]), int(match[2] or 0)
+        order = np.random.RandomState(seed).permutation(len(IDC_CLASSES)) if seed else range(len(IDC_CLASSES))
+        return [IDC_CLASSES[line] for line in order[:count]]
     try:
         folders = Path(subset).read_text().split()
     except (OSError, UnicodeDecodeError):
         raise UserError(
-            f"--subset {subset}: expected {', '.join(SUBSETS)}, or a text file with one class folder on each line, "
-            "found neither"
+            f"--subset {subset}: expected {', '.join(SUBSETS)}, imagenet2 to imagenet{len(IDC_CLASSES)}, or a text "
+            "file with one class folder on each line, found neither"
         ) from None
     if len(folders) < 2 or len(set(folders)) < len(folders):
         raise UserError(f"--subset {subset}: expected two class folders or more, each once, found {len(folders)} names")

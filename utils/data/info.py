@@ -88,6 +88,12 @@ class DatasetInfo:
             )
         return self.whitening
 
+    @property
+    def network_shape(self):
+        """What `networks.get_network` and `idc_network` need to know of the images, as a dict."""
+        cifar = self.name.startswith("CIFAR")
+        return {"channel": self.channel, "num_classes": self.num_classes, "im_size": self.im_size, "cifar": cifar}
+
     def replace(self, **changes):
         """Return this description with some attributes changed."""
         return dataclasses.replace(self, **changes)

@@ -16,7 +16,7 @@ from ..run.files import human_bytes
 from ..run.log import log0
 
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
-FEW_STEPS = 10  # of an epoch
+FEW_STEPS, SMALL_BATCH = 10, 16  # of an epoch; images that a minibatch can have without a warning
 UNUSED = "accepted for old commands; not used"
 # Options that may change between a run and its continuation, because results do not depend on them.
 RESUMABLE_CHANGES = (
@@ -29,7 +29,6 @@ RESUMABLE_CHANGES = (
     "buffer_path",
     "root_log_dir",
     "start_interval",
-    "load_all",
     "override_experiment_path",
     "save_dir",
     "save_path",
@@ -51,7 +50,13 @@ RESUMABLE_CHANGES = (
     "phase",
     "nclass_sub",
 )
-CONFIG_DEFAULTS = {"select_on": "test", "bf16": False}  # of options that folders of earlier versions do not name
+# Raised when a change of the code gives a run of the same options another result; a run is not continued across it.
+BEHAVIOUR = 2
+CONFIG_DEFAULTS = {
+    "select_on": "test",
+    "bf16": False,
+    "drop_easy": 0.0,
+}  # of options that folders of earlier versions do not name
 
 
 class Parser(argparse.ArgumentParser):
@@ -197,6 +202,16 @@ SELECT_ON = [
     ("--val_fraction", FRACTION, 0.1, "share of the training images held out by --select_on val"),
 ]
 
+DROP_EASY = [
+    (
+        "--drop_easy",
+        FRACTION,
+        0.0,
+        "share of each class's real images, the easiest by forgetting events, that the last stage does without; "
+        "earlier stages in proportion, the first none",
+    )
+]
+
 EVAL_MODE = (
     "networks to evaluate with: S the same, M many, W widths, D depths, A activations, P poolings, N normalisations, "
     "C the same and ConvNet"
@@ -218,14 +233,37 @@ EVALUATION = [
 # What the scripts do with these options -------------------------------------------------------------------------------
 
 
+def refuse_other_behaviour(folder, content, complete):
+    """Refuse to continue a run that an earlier version of the code began.
+
+    Args:
+        folder: of the run.
+        content: of its config.json.
+        complete: nothing is left to do.
+
+    Raises:
+        UserError: it would be continued with another meaning of the same options.
+    """
+    if not complete and content.get("behaviour", 1) != BEHAVIOUR:
+        raise UserError(
+            f"{folder}: begun by an earlier version, which trained, augmented and initialised in other ways for "
+            "these options; choose another folder or --tag, or remove this one to begin anew"
+        )
+
+
 def config_of(args):
     """Return the options that results depend on, as a dict."""
     return {name: value for name, value in vars(args).items() if name not in RESUMABLE_CHANGES}
 
 
+def held_out_fraction(args):
+    """Return which fraction of the training images --select_on holds out."""
+    return args.val_fraction if args.select_on == "val" else 0.0
+
+
 def held_out(args, real):
     """Return `real` with the images held out that --select_on asks for."""
-    return real.held_out(args.val_fraction) if args.select_on == "val" else real
+    return real.held_out(held_out_fraction(args))
 
 
 def check_network(name, real):
@@ -235,7 +273,7 @@ def check_network(name, real):
         UserError: the images are too small for it.
     """
     try:
-        networks.get_network(name, real.info.channel, real.info.num_classes, real.info.im_size)
+        networks.get_network(name, **real.info.network_shape)
     except ValueError as error:
         raise UserError(f"network {name} on {real.info.name}: {error}") from None
 
@@ -249,7 +287,7 @@ def warn_of_few_images(real, batch_size=None, ipc=None):
         ipc: images of each class that all stages learn together; None to leave this out.
     """
     steps = -(-len(real.train) // batch_size) if batch_size else FEW_STEPS
-    if steps < FEW_STEPS:
+    if steps < FEW_STEPS and batch_size > SMALL_BATCH:
         log0(
             f"warning: an epoch of {len(real.train)} images has {steps} steps: experts learn slowly and matching may "
             "diverge; lower --batch_train (16, say), raise --train_epochs, and distil with --lr_lr 1e-06 --lr_img 100"

@@ -3,13 +3,14 @@
 An option given on the command line wins over derived settings, these over presets, presets over defaults.
 """
 
+import argparse
 from pathlib import Path
 
 import networks
 
 from ..augment import DSA, without
 from ..data import datasets, info
-from ..gradient_matching import METRICS
+from ..gradient_matching import METRICS, feature_range
 from ..results import names
 from ..run.errors import UserError
 from ..training import TrainConfig
@@ -42,6 +43,8 @@ PRESETS = {
 # The bundled digits are no data set of the paper: these settings are this project's, with or without --reproduce.
 DIGITS = {"depth": 2, "width": 0.25, "metric": "mse", "lr_img": 0.05, "n_data": 500, "inner_loop": 10, "niter": 2}
 
+NET_TYPES = ("resnet", "resnet_ap", "convnet", "densenet", "efficient", "efficientnet")
+SELECTIONS = ("idc", "random", "dsa", "kip", "herding")
 SMALL = ("mnist", "fashion", "svhn", "cifar10", "cifar100", "digits")
 SIZED = ("imagenet", "folder")  # brought to --size pixels
 BASE_SIZE = {"mnist": 28, "imagenet": 224, "digits": 8}  # of the scaling of lr_img; 32 for the others
@@ -54,6 +57,15 @@ def niter(text):
     return int(value) if value == int(value) else value
 
 
+def features(text):
+    """Parse --f_idx: a or a,b."""
+    try:
+        feature_range(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a or a,b with 0 <= a <= b, found {text!r}") from None
+    return text if "," in text else int(text)  # earlier versions kept a number
+
+
 def add_options(parser, start_interval):
     """Declare the options that distillation and evaluation share; `start_interval` is the help of --start-interval."""
     for title, rows in tables(start_interval).items():
@@ -64,17 +76,17 @@ def tables(start_interval):
     """Return the options as {group: table}."""
     return {
         "data": [
-            ("-d --dataset", tuple(info.IDC_NAMES), "cifar10", "data set; folder: your own images"),
+            ("-d --dataset", (*info.IDC_NAMES, "speech"), "cifar10", "data set; folder: your own images"),
             ("--data_dir", str, "data", "folder of the data set; downloaded there if possible"),
             ("--imagenet_dir", str, "data/imagenet", "folder of ImageNet"),
-            ("--nclass", COUNT, 10, "classes of imagenet: 10 or 100 of the published list"),
-            ("--dseed", NATURAL, 0, UNUSED),
+            ("--nclass", COUNT, 10, "classes of imagenet, of the published list of 100"),
+            ("--dseed", NATURAL, 0, "seed of the choice of imagenet's classes; 0 takes the first of the list"),
             ("--size", COUNT, 224, f"pixels of imagenet and of own images (folder: {datasets.RES})"),
             ("-l --load_memory", truth, True, f"{UNUSED}: data stay in memory"),
             ("-j --workers", NATURAL, 8, f"{UNUSED}: there are no loaders"),
         ],
         "network": [
-            ("-n --net_type", ("resnet", "resnet_ap", "convnet"), "convnet", "network"),
+            ("-n --net_type", NET_TYPES, "convnet", "network"),
             ("--norm_type", ("batch", "instance", "sn", "none"), "instance", "its normalisation"),
             ("--depth", COUNT, 10, "its depth (convnet: 3)"),
             ("--width", POSITIVE, 1.0, "factor on its channels"),
@@ -118,7 +130,7 @@ def tables(start_interval):
             ("--metric", METRICS, "l1", "distance"),
             ("--bias", truth, False, "match gradients of biases and normalisations, too"),
             ("--fc", truth, False, "match gradients of linear layers, too"),
-            ("--f_idx", NATURAL, 4, "block whose features are matched; the last if there are fewer"),
+            ("--f_idx", features, 4, "block a, or blocks a,b, whose features are matched (--match feat)"),
             (
                 "--niter",
                 niter,
@@ -150,14 +162,22 @@ def tables(start_interval):
             ("--results", str, "results", "root folder of the results"),
             ("--override-save-dir", str, None, "the folder to write to, itself"),
             ("--override-load-dir", str, None, "the folder to read from, itself"),
-            ("-s --slct_type", ("idc", "random"), "idc", "train on distilled or random images"),
+            (
+                "-s --slct_type",
+                SELECTIONS,
+                "idc",
+                "what evaluate_idc.py trains on: distilled images, random real ones, or "
+                "the file of DSA or KIP that --override-load-dir names",
+            ),
             ("--repeat", COUNT, 1, "networks of an evaluation"),
             ("--save_ckpt", truth, False, "save the networks of the evaluation"),
             ("-p --print-freq", COUNT, 10, "outer iterations between two rows of the log"),
             # Published: each of several commands learned nclass_sub classes, with networks that knew no others.
             ("--phase", FROM_MINUS_ONE, -1, f"{UNUSED}: torchrun spreads the classes of one command over processes"),
             ("--nclass_sub", FROM_MINUS_ONE, -1, f"{UNUSED}: torchrun spreads the classes of one command"),
-            ("--test", FLAG, False, "evaluate the initial images, too"),
+            ("--test", FLAG, False, "no evaluation in a stage; results in {results}/test"),
+            ("--pretrained", FLAG, False, UNUSED),
+            ("--verbose", FLAG, False, UNUSED),
             ("--time", FLAG, False, "print the seconds of each outer iteration"),
             *WANDB,
         ],
@@ -171,6 +191,10 @@ def resolve(parser):
     the data set's name in utils/data.
     """
     args, given = parser.parse_args(), parser.given()
+    if args.dataset == "speech":
+        parser.error("-d speech: expected image data; the speech commands of the release have never been published")
+    if args.slct_type == "herding":
+        parser.error("-s herding: expected idc, random, dsa or kip; the release declares herding and cannot run it")
     if args.ipc < 1 and not args.override_load_dir:
         parser.error("--ipc: expected the number of images that every stage learns, found none")
 
@@ -185,8 +209,8 @@ def resolve(parser):
         args.size = info.KNOWN[args.data].im_size
     if dataset != "imagenet":
         args.nclass = info.KNOWN[args.data].num_classes if args.data in info.KNOWN else 10
-    elif args.nclass not in (10, 100):
-        parser.error(f"--nclass: expected 10 or 100, found {args.nclass}")
+    elif not 2 <= args.nclass <= 100:
+        parser.error(f"--nclass: expected 2 to 100, found {args.nclass}")
     many = args.nclass >= 100
 
     if args.reproduce:
@@ -208,7 +232,13 @@ def resolve(parser):
     if dataset in ("imagenet", "tiny-imagenet") and many:
         derive(lr=0.1, weight_decay=1e-4)
         derive(batch_size=max(args.batch_size, 128), batch_real=max(args.batch_real, 128))
-    derive(epochs=evaluation_epochs(dataset, args.factor**2 * args.ipc, many))
+    decoded = args.factor**2 * args.ipc
+    decoded = min(decoded, args.batch_syn_max) if args.decode_type == "bound" else decoded
+    derive(epochs=evaluation_epochs(dataset, decoded, many))
+    if args.match == "feat":
+        args.metric = "mse"  # whatever is given, as published
+        if args.net_type not in ("convnet", "resnet", "resnet_ap"):
+            parser.error(f"--match feat: expected -n convnet, resnet or resnet_ap, found {args.net_type}")
     args.lr_img_scaled = args.lr_img * (args.ipc / 10) * (args.size / base_size(dataset, args.size)) ** 2
     if args.factor > args.size:
         parser.error(f"--factor {args.factor}: larger than the images of {args.size} pixels")
@@ -265,7 +295,9 @@ def data_folder(args):
 
 def subset(args):
     """Return the name of the part of ImageNet; None for other data sets."""
-    return f"imagenet{args.nclass}" if args.dataset == "imagenet" else None
+    if args.dataset != "imagenet":
+        return None
+    return f"imagenet{args.nclass}" + (f"-seed{args.dseed}" if args.dseed else "")
 
 
 def dataset_subdir(args):
@@ -279,12 +311,17 @@ def result_folder(args):
     """Return the folder that a distillation with these options writes."""
     if args.override_save_dir:
         return Path(args.override_save_dir)
-    return Path(args.results) / dataset_subdir(args) / (args.name or names.idc_folder(vars(args)))
+    if args.test:
+        return Path(args.results) / "test"
+    parent = Path(args.results) / dataset_subdir(args)
+    folder, earlier = (parent / (args.name or names.idc_folder(vars(args), old)) for old in (False, True))
+    return earlier if earlier.exists() and not folder.exists() else folder
 
 
 def network_spec(args):
     """Return the distillation's network as arguments of `networks.idc_network`."""
-    return {"net_type": args.net_type, "depth": args.depth, "width": args.width, "norm": args.norm_type}
+    net_type = "efficientnet" if args.net_type == "efficient" else args.net_type
+    return {"net_type": net_type, "depth": args.depth, "width": args.width, "norm": args.norm_type}
 
 
 def train_config(args, epochs, real_images=False, lr_factor=1.0):
@@ -313,7 +350,7 @@ def train_config(args, epochs, real_images=False, lr_factor=1.0):
         dsa,
         milestones,
         cutmix=cutmix,
-        crop=args.rrc and not args.dsa and not real_images,
+        imagenet=None if args.dsa or real_images else "crop" if args.rrc else "no_crop",
     )
 
 
@@ -324,11 +361,6 @@ def check_network(args, real):
         UserError: they are.
     """
     try:
-        networks.idc_network(
-            channel=real.info.channel,
-            num_classes=real.info.num_classes,
-            im_size=real.info.im_size,
-            **network_spec(args),
-        )
+        networks.idc_network(**real.info.network_shape, **network_spec(args))
     except ValueError as error:
         raise UserError(f"--net_type {args.net_type} on {real.info.name}: {error}") from None

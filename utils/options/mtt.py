@@ -22,7 +22,12 @@ DATA = [
     ("--zca", FLAG, False, "ZCA whitening instead of mean and standard deviation"),
 ]
 AUGMENTATION = [
-    ("--dsa", truth, True, "differentiable Siamese augmentation"),
+    (
+        "--dsa",
+        truth,
+        True,
+        "differentiable Siamese augmentation; experts without it see DC's crop, scale and rotate",
+    ),
     ("--dsa_strategy", strategy, DSA_STRATEGY, "its entries, joined by _, or none"),
 ]
 
@@ -39,7 +44,7 @@ EXPERIMENT = [
     ("--expert_epochs", COUNT, 3, "expert epochs from start to target"),
     ("--syn_steps", COUNT, 20, "student steps in one iteration"),
     ("--max_start_epoch", COUNT, 25, "number of possible start epochs"),
-    ("--lr_img", POSITIVE, 1000.0, "learning rate of the images"),
+    ("--lr_img", POSITIVE, 1000, "learning rate of the images"),  # an int: see experiment_folder
     ("--lr_lr", RATE, 1e-05, "learning rate of syn_lr; 1e-05 from stage 2 on for CIFAR10 at --ipc 1"),
     ("--lr_teacher", POSITIVE, 0.01, "learning rate of the experts; where syn_lr starts"),
     ("--batch_real", COUNT, 256, UNUSED),
@@ -54,7 +59,10 @@ EXPERIMENT = [
 
 def load_data(args, device):
     """Load the data set that the options of DATA name."""
-    return datasets.load(args.dataset, args.data_path, device, args.zca, subset=args.subset, res=args.res)
+    antialias = args.dataset != "ImageNet"  # as published
+    return datasets.load(
+        args.dataset, args.data_path, device, args.zca, subset=args.subset, res=args.res, antialias=antialias
+    )
 
 
 def dataset_subdir(args):
@@ -63,8 +71,17 @@ def dataset_subdir(args):
 
 
 def experiment_folder(args, root):
-    """Return the folder of the experiment below the root of all results."""
-    return Path(root) / dataset_subdir(args) / names.mtt_experiment(vars(args))
+    """Return the folder of the experiment below the root of all results.
+
+    A default --lr_img is spelled img1000, one given on the command line img1000.0, as published; an experiment that
+    exists is found by either.
+    """
+    config, parent = vars(args), Path(root) / dataset_subdir(args)
+    other = float(args.lr_img) if isinstance(args.lr_img, int) else int(args.lr_img)
+    folders = [parent / names.mtt_experiment(config)]
+    if other == args.lr_img:
+        folders.append(parent / names.mtt_experiment(config | {"lr_img": other}))
+    return next((folder for folder in folders if folder.exists()), folders[0])
 
 
 def match_config(args, real, dsa):

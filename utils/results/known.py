@@ -1,4 +1,4 @@
-"""Distillations on disk, of both methods: their stages, and what is known of their options and data.
+"""Find a distillation on disk: its stages, and what is known of its options and data.
 
 `data.json` beside a result describes its data set, so that the result can be used without the data; with ZCA whitening,
 `zca.pt` holds the transform. The authors' published files have neither: what their names do not say must be given.
@@ -24,7 +24,7 @@ MTT_NAME = re.compile(
     r"(?P<dataset>[^_]+)_(?P<model>.+)_(?P<eval_mode>[A-Z])_ipc(?P<ipc>\d+)_max\d+_syn\d+_.*_increase"
     r"(?P<zca>_zca)?(_.*)?"
 )
-IDC_NAME = re.compile(r".+_(grad|feat)_.+_ipc\d+")
+IDC_NAME = re.compile(r".+_(grad|feat|f\d+(,\d+)?)_.+_ipc\d+")
 FACTOR = re.compile(r"_factor(\d+)(?:_(multi|bound))?_")
 
 
@@ -145,7 +145,8 @@ def _find_idc(folder, unions, dataset, data_path, factor, decode_type):
     dataset = _settle(folder, "dataset", dataset, known.get("dataset"))
     factor = _settle(folder, "factor", factor, known.get("factor"))
     decode_type = _settle(folder, "decode_type", decode_type, known.get("decode_type"))
-    subset = f"imagenet{options['nclass']}" if "nclass" in options else folder.parent.name
+    seed = f"-seed{options['dseed']}" if options.get("dseed") else ""
+    subset = f"imagenet{options['nclass']}{seed}" if "nclass" in options else folder.parent.name
     name, statistics = IDC_NAMES.get(dataset, dataset), IDC_STATISTICS.get(dataset)
     info = _info(folder, name, data_path, False, statistics, subset, unions[1])
     return Distillation(folder, unions, info, options, versions, "PDD+IDC", factor, decode_type)
@@ -165,7 +166,7 @@ def _read_arguments(folder):
 def parse_idc_name(folder):
     """Return the settings that the names of a published folder of PDD+IDC say: {dataset}/{options}."""
     found = {}
-    dataset = re.sub(r"^imagenet\d+$", "imagenet", folder.parent.name)
+    dataset = re.sub(r"^imagenet\d+(-seed\d+)?$", "imagenet", folder.parent.name)
     if dataset in IDC_NAMES:
         found["dataset"] = dataset
     if IDC_NAME.fullmatch(folder.name):

@@ -38,7 +38,7 @@ def mtt_stages(experiment):
 
 
 def find_mtt_stages(experiment, stages, names=None):
-    """Return the folders of the stages of a finished experiment, whatever options made it.
+    """Return the folders of the stages of a finished experiment, found by their names, not by options.
 
     Args:
         experiment: folder.
@@ -85,21 +85,32 @@ def read_mtt_stage(folder):
     return files.read_json(path, "the summary of a finished stage", holds) if path.exists() else {}
 
 
-def idc_model(config):
-    """Return the network's part of a PDD+IDC folder name: conv3in, resnet10apin, …"""
-    norm = {"instance": "in", "batch": "bn", "sn": "sn", "none": "none"}[config["norm_type"]]
-    kind = {"convnet": "conv{depth}", "resnet": "resnet{depth}", "resnet_ap": "resnet{depth}ap"}[config["net_type"]]
-    return kind.format(**config) + norm + ("" if config["width"] == 1 else f"_w{config['width']}")
+def idc_model(config, old=False):
+    """Return the network's part of a PDD+IDC folder name: conv3in, resnet10apin, …
+
+    Args:
+        config: dict of options.
+        old: as earlier versions of this project spelled it.
+    """
+    norms = {"instance": "in", "batch": "bn", "sn": "sn", "none": "none"} if old else {"instance": "in"}
+    kinds = {"convnet": "conv{depth}", "resnet": "resnet{depth}", "resnet_ap": "resnet{depth}ap"}
+    kind = kinds.get(config["net_type"], config["net_type"]).format(**config)
+    return kind + norms.get(config["norm_type"], "") + ("" if config["width"] == 1 else f"_w{config['width']}")
 
 
-def idc_folder(config):
-    """Return the name of a PDD+IDC result's folder with the options `config` (a dict): the published tag grammar."""
+def idc_folder(config, old=False):
+    """Return the name of a PDD+IDC result's folder by the published tag grammar.
+
+    Args:
+        config: dict of options.
+        old: as earlier versions of this project spelled it.
+    """
     c = config
     many = f"_{c['pt_num']}" if c["pt_num"] > 1 else ""
     parts = (
-        (idc_model(c), True),
+        (idc_model(c, old), True),
         (c["tag"], c["tag"]),
-        (c["match"], True),
+        (f"f{c['f_idx']}" if c["match"] == "feat" and not old else c["match"], True),
         ("b", c["bias"]),
         ("fc", c["fc"]),
         (c["metric"], True),
@@ -112,8 +123,8 @@ def idc_folder(config):
         (f"nlr{c['lr']}", c["lr"] != 0.01),
         (f"wd{c['weight_decay']}", c["weight_decay"] != 5e-4),
         (f"niter{c['niter']}", c["niter"] != 500),
-        (f"factor{c['factor']}", c["factor"] > 1),
-        (c["decode_type"], c["factor"] > 1 and c["decode_type"] != "single"),
+        (f"factor{c['factor']}", c["factor"] > 1 or not old),
+        (c["decode_type"], (c["factor"] > 1 or not old) and c["decode_type"] != "single"),
         (c["aug_type"], c["aug_type"] != "color_crop_cutout"),
         (f"lr{c['lr_img']}", True),
         (f"mom{c['momentum']}", c["momentum"] != 0.9),

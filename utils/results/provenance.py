@@ -30,7 +30,8 @@ def check_data(path, fingerprint, info):
         raise UserError(f"{path}: expected the fingerprint of its data, found something else; move it away") from None
     if changed:
         raise UserError(
-            f"{path}: made from other data than these ({changed}); use the data it was made from, or another folder"
+            f"{path}: made from other data than these ({changed}); use the data it was made from, or begin anew in "
+            "another folder or without this one"
         )
 
 

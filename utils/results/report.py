@@ -18,10 +18,20 @@ def mean_std(values):
     return float(values.mean()), float(values.std(correction=0))
 
 
-def summary(values):
-    """Return the row of a report for a list of accuracies in percent, one for each network."""
-    mean, std = mean_std(values)
-    return {"accuracy_mean": mean, "accuracy_std": std, "networks": len(values)}
+def summary(runs):
+    """Return the row of a report.
+
+    Args:
+        runs: for each network the list of its accuracies in percent during the stage, the last one at its end. From
+            several, the mean of the networks' best ones is reported, too: it has been chosen on the test set.
+    """
+    mean, std = mean_std([run[-1] for run in runs])
+    row = {"accuracy_mean": mean, "accuracy_std": std, "networks": len(runs)}
+    checks = min(len(run) for run in runs)
+    if checks > 1:
+        best_mean, best_std = mean_std([max(run) for run in runs])
+        row |= {"best_mean": best_mean, "best_std": best_std, "checks": checks}
+    return row
 
 
 def stage_rows(ipc_totals, runs):
@@ -29,7 +39,7 @@ def stage_rows(ipc_totals, runs):
 
     Args:
         ipc_totals: images of each class after each stage.
-        runs: for each network the list of its accuracies after each stage, in percent.
+        runs: for each network a list of stages, each the list of its accuracies in percent during the stage.
     """
     return [
         {"stage": stage, "ipc_total": total, **summary([run[stage - 1] for run in runs])}
@@ -41,7 +51,8 @@ def table_rows(report):
     """Return the rows of a report (the dict of report.json): the stages and the reference rows of each network.
 
     Returns:
-        List of dicts: kind (stages, random, full), network, trained_on, ipc, mean, std, networks.
+        List of dicts: kind (stages, random, full), network, trained_on, ipc, mean, std, networks; best: mean, std and
+        number of checks of the best accuracies, or three times None.
     """
     rows = []
     for name, result in report["models"].items():
@@ -57,6 +68,7 @@ def table_rows(report):
                 "ipc": ipc,
                 "mean": row["accuracy_mean"],
                 "std": row["accuracy_std"],
+                "best": [row.get(key) for key in ("best_mean", "best_std", "checks")],
                 "networks": row.get("networks") or _networks(report["config"], name, kind),
             }
             for kind, words, ipc, row in found
@@ -85,12 +97,17 @@ def plus_minus():
 
 def table(report):
     """Return the text table of a report (the dict of report.json)."""
-    headers = ["network", "trained on", "images per class", "accuracy (%)", "networks"]
-    rows = [
-        [row["network"], row["trained_on"], row["ipc"], f"{row['mean']:.2f} {plus_minus()} {row['std']:.2f}",
-         row["networks"]]
-        for row in table_rows(report)
-    ]  # fmt: skip
+    found, sign = table_rows(report), plus_minus()
+    checks = max((row["best"][2] or 0 for row in found), default=0)
+    best = [f"best of {checks} (%)"] if checks else []
+    headers = ["network", "trained on", "images per class", "accuracy (%)", *best, "networks"]
+    rows = []
+    for row in found:
+        cells = [row["network"], row["trained_on"], row["ipc"], f"{row['mean']:.2f} {sign} {row['std']:.2f}"]
+        if checks:
+            mean, std, known = row["best"]
+            cells.append(f"{mean:.2f} {sign} {std:.2f}" if known else "")
+        rows.append([*cells, row["networks"]])
     text = tabulate(rows, headers, disable_numparse=True)
     if "select_on" in report:
         images = ", ".join(SELECTED.get(name, name) for name in report["select_on"].split(", "))

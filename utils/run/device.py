@@ -34,8 +34,8 @@ def setup_device(name):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); use auto or cpu") from None
     if device.type == "cuda":
-        # The published runs had TF32 convolutions by PyTorch's default. Products stay in float32: augmentation and ZCA
-        # are made of them and would lose bits of every pixel, while a network has but one, its classifier.
+        # The published runs had TF32 convolutions by PyTorch's default. Products stay in float32: crop and ZCA
+        # are products and must be exact, and a ConvNet has only one, its classifier.
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cuda.matmul.allow_tf32 = False
     if device.type == "cpu":

@@ -1,7 +1,7 @@
 """Many processes on one task, started by torchrun; without it there is one, and nothing here costs anything.
 
 The processes (ranks) work in one of two ways: in step, where all make the same turns of a loop and sum tensors, or
-apart, where each takes other pieces of work (`files.Checkpoint.spread`). Rank 0 alone prints, and writes what belongs
+apart, where each takes other pieces of work (`checkpoint.finish_each`). Rank 0 alone prints, and writes what belongs
 to all. Results do not depend on the number of ranks, but for the rounding of sums.
 
 Tensors travel by NCCL between GPUs and by gloo between CPUs; everything else by gloo. The result folders must be on a

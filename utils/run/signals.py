@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the run stops where it can go on from.
+"""SIGTERM and SIGINT: stop at a point that the same command continues from.
 
 A finished unit of work is on disk and anything else can be begun again, so a signal stops the run at once. Only while
 a learning loop has its checkpoint open does it wait until the state is one that can be saved.

@@ -21,6 +21,26 @@ def stream(seed, *keys):
     return np.random.default_rng([seed, *(zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in keys)])
 
 
+class EndlessShuffle:
+    """Minibatches of one random permutation after another, without replacement inside each.
+
+    Args:
+        indices: what is shuffled.
+        seed, keys: of the random streams; each permutation adds its number.
+    """
+
+    def __init__(self, indices, seed, *keys):
+        self.indices, self.seed, self.keys = np.asarray(indices), seed, keys
+        self.turn, self.order = None, None
+
+    def batch(self, number, size):
+        """Return minibatch `number` (from 0) of `size` indices; what is left of a permutation is not used."""
+        turn, position = divmod(number, len(self.indices) // size)
+        if turn != self.turn:
+            self.turn, self.order = turn, stream(self.seed, *self.keys, turn).permutation(self.indices)
+        return self.order[position * size : (position + 1) * size]
+
+
 def seeded(seed, *keys):
     """Return a context in which torch's CPU generator is seeded for `keys`: networks are initialised inside it."""
     return torch_seeded(int(stream(seed, *keys).integers(2**63)), torch.device("cpu"))

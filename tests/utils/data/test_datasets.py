@@ -8,10 +8,13 @@ import threading
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.conftest import make_tree
 from tests.support import formats
 from utils.data import class_folders, datasets
+from utils.data.class_folders import DecodeSpec
+from utils.data.decoding import decode_image
 from utils.data.info import changes, pixel_fingerprint
 from utils.run.errors import UserError
 
@@ -33,8 +36,6 @@ def test_class_folders_are_decoded_once_and_cached(cifar_tree, monkeypatch):
     first = datasets.load("CIFAR10", cifar_tree, CPU)
     assert first.info.class_names[0] == "airplane" and first.info.class_names[9] == "truck"
     assert len(first.train) == 120 and len(first.test) == 20
-    from PIL import Image
-
     pixels = np.asarray(Image.open(cifar_tree / "train" / "automobile" / "0003.png")).transpose(2, 0, 1)
     assert np.array_equal(first.train.images[12 + 3].numpy(), pixels)
     monkeypatch.setattr(class_folders, "_decode_into_cache", None)  # a second start must not decode
@@ -219,8 +220,6 @@ def test_images_of_another_size_are_refused(tmp_path):
 
 @pytest.mark.parametrize("sorted_val", [True, False])
 def test_tiny_imagenet_as_downloaded_and_sorted(tmp_path, sorted_val):
-    from PIL import Image
-
     rng = np.random.default_rng(0)
     names = [f"n{n:08d}" for n in range(200)]
     lines = []
@@ -337,3 +336,12 @@ def test_changes_are_told_in_words(now, words):
     before = {"train": {"cat": "120:a", "dog": "60:b"}, "test": dict.fromkeys(["cat", "dog"], "5:x")}
     assert changes(before, {"train": now, "test": dict.fromkeys(now, "5:x")}) == words
     assert changes(None, before) is None and changes(before, None) is None
+
+
+@pytest.mark.parametrize("antialias,expected", [(False, 255), (True, 127)])
+def test_resizing_to_a_quarter_with_and_without_antialiasing(antialias, expected, tmp_path):  # SPEC 8.10
+    """Without it, column i is the mean of columns 4 i + 1 and 4 i + 2: the white ones."""
+    columns = np.tile(np.array([0, 255, 255, 0], dtype=np.uint8), 16)
+    Image.fromarray(np.broadcast_to(columns[None, :, None], (64, 64, 3)).copy()).save(tmp_path / "x.png")
+    found = decode_image(tmp_path / "x.png", DecodeSpec(3, 16, resize=True, antialias=antialias))
+    assert found.shape == (16, 16, 3) and np.abs(found[:, 2:-2].astype(int) - expected).max() < 25

@@ -211,7 +211,8 @@ def test_a_folder_without_a_report_is_one_line(content, words, folders, tmp_path
     if content:
         (tmp_path / "bad" / "report.json").write_text(content)
     before = files_of(tmp_path)
-    status, printed, said = command(folders[0], tmp_path / "bad", "--out", tmp_path / "out")
+    beside = [folders[0]] if content else []  # a folder without a report is left out beside others
+    status, printed, said = command(*beside, tmp_path / "bad", "--out", tmp_path / "out")
     assert status == 2 and printed == ""
     assert len(said.splitlines()) == 1 and words in said and str(tmp_path / "bad") in said
     assert files_of(tmp_path) == before
@@ -226,3 +227,13 @@ def test_damaged_files_beside_the_report_are_one_line(folders, tmp_path, command
     next((tmp_path / "copy").glob("interval_1_img*.png")).write_bytes(b"\x89PNG")
     status, _, said = command(tmp_path / "copy")
     assert status == 2 and "expected an image, found a damaged file" in said
+
+
+def test_folders_without_a_report_are_left_out_with_a_note(folders, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    alone = run_script("scripts/compare.py", folders[0])
+    beside = run_script("scripts/compare.py", unfinished, folders[0])
+    assert beside.stdout == alone.stdout and f"{unfinished}: left out" in beside.stderr
+    refused = run_script("scripts/compare.py", unfinished, check=False)
+    assert refused.returncode == 2 and "found none; evaluate the result first" in refused.stderr

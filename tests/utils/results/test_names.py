@@ -93,7 +93,7 @@ IDC = {  # the release's defaults
     "fc": False, "metric": "l1", "pt_from": -1, "pt_num": 1, "fix_iter": -1, "early": 0, "n_data": 500,
     "inner_loop": 100, "mixup_net": "cut", "lr": 0.01, "weight_decay": 5e-4, "niter": 500, "factor": 1,
     "decode_type": "single", "aug_type": "color_crop_cutout", "lr_img": 5e-3, "momentum": 0.9, "batch_real": 64,
-    "batch_syn_max": 128, "init": "random", "ipc": 10,
+    "batch_syn_max": 128, "init": "random", "ipc": 10, "f_idx": "4",
 }  # fmt: skip
 PACKED = {"tag": "progressive", "factor": 2, "init": "mix", "ipc": 2}
 CIFAR = PACKED | {"metric": "mse", "n_data": 2000, "niter": 2000}
@@ -119,13 +119,38 @@ CIFAR = PACKED | {"metric": "mse", "n_data": 2000, "niter": 2000}
             {"tag": "t", "match": "feat", "bias": True, "fc": True, "metric": "cos", "pt_from": 5, "pt_num": 3,
              "fix_iter": 4, "early": 7, "inner_loop": 20, "lr": 0.1, "weight_decay": 1e-4, "niter": 0.5, "factor": 2,
              "decode_type": "multi", "aug_type": "flip", "momentum": 0.5, "batch_real": 128, "batch_syn_max": 32},
-            "conv3in_t_feat_b_fc_cos_pt5_3_fix4_ely7_nd500_inloop20_cut_nlr0.1_wd0.0001_niter0.5_factor2_multi_flip_"
+            "conv3in_t_f4_b_fc_cos_pt5_3_fix4_ely7_nd500_inloop20_cut_nlr0.1_wd0.0001_niter0.5_factor2_multi_flip_"
             "lr0.005_mom0.5_b_real128_synmax32_random_ipc10",
         ),
     ],
 )  # fmt: skip
 def test_folders_of_gradient_matching(changes, name):
     assert names.idc_folder(IDC | changes) == name
+
+
+@pytest.mark.parametrize(
+    "changes,name,earlier",
+    [
+        (
+            {},
+            "conv3in_grad_l1_nd500_cut_factor1_lr0.005_random_ipc10",
+            "conv3in_grad_l1_nd500_cut_lr0.005_random_ipc10",
+        ),
+        (
+            {"match": "feat", "metric": "mse", "f_idx": "1,2", "factor": 2},
+            "conv3in_f1,2_mse_nd500_cut_factor2_lr0.005_random_ipc10",
+            "conv3in_feat_mse_nd500_cut_factor2_lr0.005_random_ipc10",
+        ),
+        (
+            {"net_type": "resnet", "norm_type": "batch", "depth": 18, "decode_type": "multi"},
+            "resnet18_grad_l1_nd500_cut_factor1_multi_lr0.005_random_ipc10",
+            "resnet18bn_grad_l1_nd500_cut_lr0.005_random_ipc10",
+        ),
+    ],
+)
+def test_spellings_of_this_version_and_earlier_ones(changes, name, earlier):  # SPEC 8.13, 8.14
+    assert names.idc_folder(IDC | changes) == name
+    assert names.idc_folder(IDC | changes, old=True) == earlier
 
 
 def test_networks_in_folder_names_differ():
@@ -135,8 +160,13 @@ def test_networks_in_folder_names_differ():
             ("convnet", "resnet", "resnet_ap"), (3, 10), ("instance", "batch", "sn", "none"), (1.0, 0.25)
         )
     ]
-    assert len(set(found)) == len(found)
-    assert {"conv3in", "conv3in_w0.25", "resnet10bn", "resnet10apin"} <= set(found)
+    # The published names tell instance normalisation alone (SPEC 8.14).
+    kinds = [
+        f"{kind}{depth}{pool}" for kind, pool in (("conv", ""), ("resnet", ""), ("resnet", "ap")) for depth in (3, 10)
+    ]
+    assert set(found) == {f"{kind}{norm}{width}" for kind in kinds for norm in ("in", "") for width in ("", "_w0.25")}
+    for net_type in ("densenet", "efficient"):  # SPEC 8.18
+        assert names.idc_model(IDC | {"net_type": net_type, "norm_type": "batch"}) == net_type
 
 
 def test_summaries_of_stages(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.run.streams import seeded, stream, torch_seeded
+from utils.run.streams import EndlessShuffle, seeded, stream, torch_seeded
 
 
 def numbers(*keys):
@@ -56,3 +56,16 @@ def test_an_error_inside_leaves_the_generator_as_it_was():
         torch.rand(3)
         raise ValueError("inside")
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_an_endless_shuffle_repeats_nothing_inside_a_permutation():  # SPEC 8.17
+    """11 in minibatches of 3: three of each permutation, the last two are not used."""
+    shuffle = EndlessShuffle(range(100, 111), 0, "x")
+    batches = [shuffle.batch(number, 3).tolist() for number in range(30)]
+    for at in range(0, 30, 3):
+        seen = [*itertools.chain(*batches[at : at + 3])]
+        assert len(seen) == len(set(seen)) == 9 and set(seen) <= set(range(100, 111))
+    assert len({tuple(batches[at]) for at in range(0, 30, 3)}) == 10
+    again = EndlessShuffle(range(100, 111), 0, "x")
+    assert [again.batch(number, 3).tolist() for number in (29, 4, 5, 0)] == [batches[k] for k in (29, 4, 5, 0)]
+    assert EndlessShuffle(range(100, 111), 0, "y").batch(0, 3).tolist() != batches[0]

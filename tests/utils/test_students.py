@@ -1,0 +1,107 @@
+"""The networks of PDD+IDC's outer iterations, against training written out."""
+
+import pytest
+import torch
+
+from utils import students, training
+from utils.data import datasets
+from utils.data.datasets import ImageDataset
+from utils.students import Student, StudentConfig
+
+EARLIER = training.TrainConfig(2, 0.05, 0.9, 5e-4, 16)
+EARLY = training.TrainConfig(2, 0.02, 0.9, 5e-4, 64)
+REAL = training.TrainConfig(1, 0.02, 0.9, 5e-4, 64)
+
+
+@pytest.fixture(scope="module")
+def real():
+    return datasets.load("Digits", "", torch.device("cpu"))
+
+
+@pytest.fixture
+def make(real, tmp_path):
+    """Returns a function of unions, early epochs and n_data that makes a `Student` of stage 2."""
+
+    def make(unions, early=None, n_data=500, epochs=1):
+        config = StudentConfig(EARLIER, early, training.TrainConfig(epochs, *list(vars(REAL).values())[1:]), n_data)
+        new = lambda number: training.new_network("MLP", real, 0, number)  # noqa: E731
+        return Student(new, unions, real.train, config, 4, 3, 7, 2, tmp_path, [len(unions), bool(early)])
+
+    return make
+
+
+def same(one, other):
+    return all(torch.equal(p, q) for p, q in zip(one, other, strict=True))
+
+
+def momenta(optimizer):
+    return [optimizer.state[p]["momentum_buffer"] for group in optimizer.param_groups for p in group["params"]]
+
+
+def test_each_earlier_union_has_an_optimiser_of_its_own(make, real):  # SPEC 8.12
+    """Weights are carried, momentum is not; neither union's momentum reaches the sweeps."""
+    unions = [ImageDataset(*real.train.batch(slice(0, count))) for count in (20, 40)]
+    student = make(unions)
+    student.begin(1)
+    expected, carried = (training.new_network("MLP", real, 0, 1) for _ in range(2))
+    optimizer = None
+    for before, union in enumerate(unions):
+        training.train(expected, union, EARLIER, 7, ("earlier", 2, 1, before))
+        optimizer = training.train(carried, union, EARLIER, 7, ("earlier", 2, 1, before), optimizer)
+    assert same(student.network.parameters(), expected.parameters())
+    assert not same(expected.parameters(), carried.parameters())
+    assert not student.optimizer.state
+
+
+def test_early_epochs_and_sweeps_share_the_optimiser(make, real):  # SPEC 8.12
+    student = make([ImageDataset(*real.train.batch(slice(0, 20)))], EARLY)
+    student.begin(0)
+    expected = training.new_network("MLP", real, 0, 0)
+    training.train(expected, ImageDataset(*real.train.batch(slice(0, 20))), EARLIER, 7, ("earlier", 2, 0, 0))
+    optimizer = training.train(expected, real.train, EARLY, 7, ("early", 2, 0))
+    assert same(student.network.parameters(), expected.parameters())
+    assert same(momenta(student.optimizer), momenta(optimizer)) and student.optimizer.param_groups[0]["lr"] == 0.02
+    before = [m.clone() for m in momenta(student.optimizer)]
+    student.begin(1)  # the next one has its own, and none of this one's
+    assert same(before, momenta(optimizer)) and not same(before, momenta(student.optimizer))
+
+
+@pytest.mark.parametrize("n_data,count", [(500, 8), (512, 9), (63, 1), (64, 2), (2000, 32)])
+def test_an_update_takes_one_minibatch_more_than_fit(n_data, count, make, monkeypatch):  # SPEC 8.17
+    """n_data // 64 + 1 whole minibatches."""
+    sizes, step = [], torch.optim.SGD.step
+
+    def minibatches(*arguments):
+        for batch in training_minibatches(*arguments):
+            sizes.append(len(batch[0]))
+            yield batch
+
+    training_minibatches, steps = training.minibatches, []
+    monkeypatch.setattr(training, "minibatches", minibatches)
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *a, **k: (steps.append(1), step(*a, **k))[1])
+    student = make([], n_data=n_data)
+    student.begin(0)
+    student.train_on_real(0, 0)
+    assert sizes == [64] * count and len(steps) == count
+
+
+def test_updates_go_through_all_images_before_any_comes_again(make, monkeypatch):  # SPEC 8.17
+    """1437 images are 22 minibatches of 64 in a permutation; an update of two epochs takes 2 x 4 of them."""
+    taken = []
+
+    def note(*_, index, shuffle, **__):
+        assert not shuffle
+        taken.append(index)
+
+    monkeypatch.setattr(students.training, "train_epoch", note)
+    student = make([], n_data=200, epochs=2)
+    for outer in range(2):
+        student.begin(outer)
+        for inner in range(3):
+            student.train_on_real(outer, inner)
+    batches = torch.cat(taken).view(-1, 64)
+    assert len(batches) == 2 * 3 * 2 * 4
+    for at in (0, 22):
+        pass_ = batches[at : at + 22].flatten().tolist()
+        assert len(set(pass_)) == 22 * 64
+    assert set(batches[:22].flatten().tolist()) != set(batches[22:44].flatten().tolist())

@@ -1,0 +1,129 @@
+"""How hard real images are to learn, by forgetting events, and training without the easy ones in later stages.
+
+An image is forgotten if a network classifies it right after one epoch and wrong after the next (Toneva et al., ICLR
+2019). PDD's paper leaves easy images out of later stages; its release does not.
+"""
+
+import copy
+
+import numpy as np
+import torch
+
+from . import training
+from .data.datasets import RealData
+from .run import files
+from .run.log import Progress
+
+NETWORKS = 5  # whose forgetting is counted, at most
+FILE = "forgetting.pt"
+
+
+@torch.no_grad()
+def correct(network, images, batch_size=1024):
+    """Return which images of an `ImageDataset` `network` classifies right, (N,) bool on the CPU."""
+    network.eval()
+    found = []
+    for start in range(0, len(images), batch_size):
+        x, y = images.batch(slice(start, start + batch_size))
+        found.append((network(x).argmax(1) == y).cpu())
+    network.train()
+    return torch.cat(found)
+
+
+def hardness(history):
+    """Return how hard each image is for one network.
+
+    Args:
+        history: (T, N) bool: classified right after each epoch.
+
+    Returns:
+        (N,) float32: forgetting events, T if it was never learned, plus the share of the epochs before it was first
+        learned (below 1), which tells images apart that are never forgotten.
+    """
+    history = history.float()
+    forgotten = (history[:-1] > history[1:]).sum(0)
+    learned = history.any(0)
+    first = torch.where(learned, history.argmax(0), len(history))
+    return torch.where(learned, forgotten, len(history)) + first / (len(history) + 1)
+
+
+def expert_scores(network, experts, epochs, images):
+    """Return the mean hardness (N,) of training images over the trajectories of up to `NETWORKS` experts.
+
+    Args:
+        network: of the experts' architecture; its parameters are overwritten.
+        experts: `Experts`.
+        epochs: epochs of a trajectory to look at.
+        images: `ImageDataset` of the real training images.
+    """
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # trajectories hold no statistics: a minibatch's own count
+            module.running_mean = module.running_var = None
+    count, total = min(len(experts), NETWORKS), torch.zeros(len(images))
+    progress = Progress(count * epochs, "forgetting events, epoch")
+    for expert in range(count):
+        history = []
+        for epoch in range(1, epochs + 1):
+            torch.nn.utils.vector_to_parameters(
+                experts.parameters(expert, epoch).to(images.labels.device), network.parameters()
+            )
+            history.append(correct(network, images))
+            progress.update()
+        total += hardness(torch.stack(history))
+    progress.close()
+    return total / count
+
+
+def training_scores(new_network, config, images, seed):
+    """Return the mean hardness (N,) of training images over `NETWORKS` networks that are trained for it.
+
+    Args:
+        new_network: function of k returning network k at its start.
+        config: `TrainConfig`.
+        images: `ImageDataset` of the real training images.
+        seed: of the random streams.
+    """
+    total, progress = torch.zeros(len(images)), Progress(NETWORKS * config.epochs, "forgetting events, epoch")
+    for k in range(NETWORKS):
+        network, history = new_network(k), []
+
+        def after(_epoch, _loss, network=network, history=history):
+            history.append(correct(network, images))
+            progress.update()
+
+        training.train(network, images, config, seed, ("forgetting", k), after_epoch=after)
+        total += hardness(torch.stack(history))
+    progress.close()
+    return total / NETWORKS
+
+
+def cached(path, key, count, compute):
+    """Return the scores (count,) kept in the file `path` for the same `key`; else those of `compute()`, kept there."""
+    key = files.digest(key)
+    found = files.load_trusted(path)
+    if found and found.get("key") == key and len(found["scores"]) == count:
+        return found["scores"]
+    content = {"scores": compute(), "key": key}
+    files.save(path, content | {"digest": files.digest(content)})
+    return content["scores"]
+
+
+def dropped_fraction(fraction, stage, stages):
+    """Return which fraction of each class is left out in `stage` (from 1): 0 in the first, `fraction` in the last."""
+    return fraction * (stage - 1) / (stages - 1) if stages > 1 else 0.0
+
+
+def without_easy(real, scores, fraction):
+    """Return `RealData` without the easiest `fraction` of each class's training images; at least one is kept."""
+    if not fraction:
+        return real
+    kept = []
+    for indices in real.class_indices:
+        order = indices[np.argsort(scores.numpy()[indices], kind="stable")]
+        kept.append(order[min(int(fraction * len(order)), len(order) - 1) :])
+    index = np.sort(np.concatenate(kept))
+    view: RealData = copy.copy(real)
+    view.train = real.train.subset(torch.from_numpy(index).to(real.train.labels.device))
+    labels = view.train.labels.cpu().numpy()
+    view.class_indices = [np.flatnonzero(labels == label) for label in range(real.info.num_classes)]
+    return view
