@@ -21,8 +21,7 @@ from pathlib import Path
 import torch
 
 from utils import forgetting, multi_formation, options, sizes, training
-from utils.augment import DSA
-from utils.gradient_matching import GradientMatchConfig, GradientMatcher, feature_range
+from utils.gradient_matching import GradientMatcher
 from utils.options import COUNT, FLAG, NATURAL, Parser
 from utils.options import idc as idc_options
 from utils.pretrained import find_pretrained, load_pretrained, pretrain
@@ -109,7 +108,7 @@ def learn_subset(stage, run):
             read_rows(run.log_path(before))
     real = run.real_of(stage)
     synthetic = run.union(stage - 1).extended(*run.init_subset(stage, real))
-    matcher = GradientMatcher(real, synthetic, run.match_config(), args.seed, stage - 1)
+    matcher = GradientMatcher(real, synthetic, idc_options.match_config(args), args.seed, stage - 1)
     student = run.student(stage, synthetic.union(stage - 1), real)
     log, loss, done = Log(run.log_path(stage), args.wandb, vars(args)), torch.zeros((), device=run.device), {"outer": 0}
     state = {"images": synthetic.learned, "momentum": matcher.momentum_buffer, "student": student, "loss": loss,
@@ -219,23 +218,6 @@ class Run:
         if not (folder / "args.txt").exists():
             with files.atomic(folder / "args.txt", "w") as file:
                 file.writelines(f"{name}: {value}\n" for name, value in vars(args).items())
-
-    def match_config(self):
-        args = self.args
-        return GradientMatchConfig(
-            lr=args.lr_img_scaled,
-            augment=DSA(args.aug_type, "idc"),
-            momentum=args.mom_img,
-            factor=args.factor,
-            decode_type=args.decode_type,
-            batch_real=args.batch_real,
-            batch_syn_max=args.batch_syn_max,
-            match=args.match,
-            metric=args.metric,
-            bias=args.bias,
-            fc=args.fc,
-            f_idx=feature_range(args.f_idx),
-        )
 
     def real_of(self, stage):
         """Return the real data of `stage`: all, or with --drop_easy the images that are harder to learn."""

@@ -18,7 +18,7 @@ def unfused(network):
 def augment(x, name, align_corners=True):
     """One entry of DSA on a batch (B, C, H, W), its numbers drawn from torch's generator, as published.
 
-    Affine matrices are put together in a loop over the pictures.
+    Affine matrices are put together in a loop over the images.
     """
     count, _, height, width = x.shape
     if name == "color":
@@ -67,7 +67,7 @@ def match_unrolled(network, start, target, syn_lr, images, labels, steps, apply=
 
     Args:
         steps: list of (indices into images, augmentation or None).
-        apply: function of pictures and augmentation.
+        apply: function of images and augmentation.
 
     Returns:
         (loss, gradient of images, gradient of syn_lr).
@@ -107,8 +107,8 @@ def idc_sweeps(network, images, earlier, batches, lr, momentum, factor, apply, n
     Args:
         images: (K, n, C, H, W), changed in place.
         earlier: (K, n, stages, C, H, W) frozen images or None.
-        batches: for each sweep and class (real pictures in [0, 1], augmentation).
-        apply: function of pictures and augmentation.
+        batches: for each sweep and class (real images in [0, 1], augmentation).
+        apply: function of images and augmentation.
 
     Returns:
         The loss of every class of every sweep.

@@ -5,7 +5,7 @@ set -euo pipefail
 out=${1:-quickstart}
 . "$(dirname "$0")/environment.sh" requirements.txt
 
-export OMP_NUM_THREADS=1  # pictures of 8x8 pixels keep no second core busy
+export OMP_NUM_THREADS=1  # images of 8x8 pixels keep no second core busy
 common=(--dataset Digits --model ConvNetW32 --lr_teacher 0.03 --batch_train 64)
 stages=(--ipc 1 --num_intervals 3 --max_start_epoch 5 --expert_epochs 2 --syn_steps 20 --lr_img 100 --lr_lr 1e-05)
 

@@ -5,7 +5,7 @@ set -euo pipefail
 out=${1:-quickstart_idc}
 . "$(dirname "$0")/environment.sh" requirements.txt
 
-export OMP_NUM_THREADS=1  # pictures of 8x8 pixels keep no second core busy
+export OMP_NUM_THREADS=1  # images of 8x8 pixels keep no second core busy
 common=(-d digits --ipc 1 --num-intervals 3 --results "$out")
 
 python distill_idc.py "${common[@]}" --epochs 300

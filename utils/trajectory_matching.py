@@ -88,11 +88,9 @@ def match(
 
     Args:
         student: `ReparamModule`.
-        start: (numel,) parameters the student starts from.
-        target: (numel,) parameters to arrive at.
+        start, target: (numel,) parameters that the student starts from, and those to arrive at.
         syn_lr: 0-dim tensor η.
-        images: (N, C, H, W) the union of all stages in network space.
-        labels: (N,) int64.
+        images, labels: (N, C, H, W) and (N,) int64, the union of all stages in network space.
         steps: list of `Step`.
         first_learned: images before this position are frozen; they get no gradient.
         retained_graphs: how many of the last steps keep their graph in the forward pass (0: constant memory;

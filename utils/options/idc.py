@@ -10,7 +10,7 @@ import networks
 
 from ..augment import DSA, without
 from ..data import datasets, info
-from ..gradient_matching import METRICS, feature_range
+from ..gradient_matching import METRICS, GradientMatchConfig, feature_range
 from ..results import names
 from ..run.errors import UserError
 from ..training import TrainConfig
@@ -322,6 +322,24 @@ def network_spec(args):
     """Return the distillation's network as arguments of `networks.idc_network`."""
     net_type = "efficientnet" if args.net_type == "efficient" else args.net_type
     return {"net_type": net_type, "depth": args.depth, "width": args.width, "norm": args.norm_type}
+
+
+def match_config(args):
+    """Return how gradients are matched."""
+    return GradientMatchConfig(
+        lr=args.lr_img_scaled,
+        augment=DSA(args.aug_type, "idc"),
+        momentum=args.mom_img,
+        factor=args.factor,
+        decode_type=args.decode_type,
+        batch_real=args.batch_real,
+        batch_syn_max=args.batch_syn_max,
+        match=args.match,
+        metric=args.metric,
+        bias=args.bias,
+        fc=args.fc,
+        f_idx=feature_range(args.f_idx),
+    )
 
 
 def train_config(args, epochs, real_images=False, lr_factor=1.0):
