@@ -16,9 +16,9 @@ from networks.reparam import flatten
 from . import training
 from .results import names
 from .run import files
+from .run.checkpoint import PARTIAL
 from .run.errors import UserError
 
-PARTIAL = "partial"
 BUFFER_CONFIG = "buffer.json"  # the options of the experts beside it
 
 

@@ -16,8 +16,8 @@ from ..data.info import IDC_NAMES, IDC_STATISTICS, IMAGENET_MEAN, IMAGENET_STD, 
 from ..run import files
 from ..run.errors import UserError
 from .names import STAGE_FOLDER, mtt_stages
+from .provenance import DATA
 
-DATA = "data.json"
 IDC_FILE = re.compile(r"interval_(\d+)_data\.pt")
 # Names that the published code gives (names.mtt_experiment, names.idc_folder).
 MTT_NAME = re.compile(
