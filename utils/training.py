@@ -159,7 +159,7 @@ def minibatches(images, config, rng, index=None, shuffle=True):
         chosen = order[start : start + config.batch_size]
         if config.imagenet:
             pixels = imagenet_augment(images.pixels(chosen), rng, config.imagenet == "crop")
-            x, y = images.normalize(pixels), images.labels[chosen]
+            x, y = images.normalise(pixels), images.labels[chosen]
         else:
             x, y = images.batch(chosen)
         if config.window:

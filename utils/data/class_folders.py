@@ -216,7 +216,7 @@ def _cached(cache, digest, shapes):
 
 
 def _decode_into_cache(cache, digest, shapes, parts, spec):
-    from .decoding import decode
+    from .image_files import decode
 
     cache.parent.mkdir(exist_ok=True)
     with _locked(cache.parent) as held:
@@ -264,7 +264,7 @@ def _locked(folder):
 
 
 def _decode_uncached(shapes, parts, spec):
-    from .decoding import decode, shared_array
+    from .image_files import decode, shared_array
 
     images = [shared_array(shape) for shape in shapes.values()]
     for array, (paths, _) in zip(images, parts.values(), strict=True):

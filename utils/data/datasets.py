@@ -13,7 +13,7 @@ from .. import zca
 from ..run import distributed, files
 from ..run.errors import UserError
 from ..run.streams import stream
-from . import class_folders, imagenet, originals
+from . import class_folders, imagenet, torchvision_sets
 from .info import IMAGENET_MEAN, IMAGENET_STD, KNOWN, DatasetInfo, pixel_fingerprint
 
 SPLIT_SEED = 0  # of the held-out images, whatever the seed of a run
@@ -53,23 +53,23 @@ class ImageDataset:
         if statistics is not None:
             mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in statistics)
             self.mean, self.std = mean, std
-        self.normalise = statistics is not None
+        self.in_pixels = statistics is not None
 
     def __len__(self):
         return len(self.labels)
 
     def batch(self, index):
         """Return network-space images (B, C, H, W) float32 and labels (B,) at `index` (a tensor or slice)."""
-        return self.normalize(self.pixels(index)), self.labels[index]
+        return self.normalise(self.pixels(index)), self.labels[index]
 
     def pixels(self, index):
         """Return the images (B, C, H, W) float32 at `index`: pixels in [0, 1], or network space if they are in it."""
         images = self.images[index]
         return images.float().div_(255) if images.dtype == torch.uint8 else images
 
-    def normalize(self, pixels):
+    def normalise(self, pixels):
         """Return what `pixels` returned in network space."""
-        return pixels.sub(self.mean).div_(self.std) if self.normalise else pixels
+        return pixels.sub(self.mean).div_(self.std) if self.in_pixels else pixels
 
     def subset(self, index):
         """Return the `ImageDataset` of the images at `index` (an int64 tensor)."""
@@ -158,7 +158,7 @@ def _on_device(info, images, labels, device):
         return ImageDataset(pixels, labels, (info.mean, info.std))
     whitened = torch.empty(pixels.shape, device=device)
     for start in range(0, len(pixels), 10000):
-        whitened[start : start + 10000] = info.normalize(pixels[start : start + 10000].float() / 255)
+        whitened[start : start + 10000] = info.normalise(pixels[start : start + 10000].float() / 255)
     return ImageDataset(whitened, labels)
 
 
@@ -225,9 +225,9 @@ def read(name, data_path, subset=None, res=None, antialias=True):
     if info and res not in (None, info.im_size):
         raise UserError(f"--res {res}: expected none for {name}, whose images have {info.im_size} pixels")
     if name == "Digits":
-        arrays, class_names = originals.digits(), info.class_names
-    elif name in originals.NAMES and not (root / "train").is_dir():
-        arrays, class_names = originals.read(info, root)
+        arrays, class_names = torchvision_sets.digits(), info.class_names
+    elif name in torchvision_sets.NAMES and not (root / "train").is_dir():
+        arrays, class_names = torchvision_sets.read(info, root)
     else:
         return _read_folders(name, root, info, subset, res, antialias)
     return ImageArrays(

@@ -41,7 +41,7 @@ class DatasetInfo:
     fingerprint: dict | None = None
     whitening: object = dataclasses.field(default=None, compare=False, repr=False)
 
-    def normalize(self, pixels):
+    def normalise(self, pixels):
         """Return pixels (N, C, H, W) in [0, 1] in network space: normalised, or whitened.
 
         Raises:

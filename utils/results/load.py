@@ -132,7 +132,7 @@ def _load_idc(distillation, stage):
     stages = multi_formation.origins(images.shape[1], factor, decode_type) % stage + 1
     about = _about(distillation) | {"factor": factor, "decode_type": decode_type}
     stages = stages.repeat(info.num_classes)
-    return DistilledSet(info.normalize(pixels), labels, stages, None, info, pixels, about)
+    return DistilledSet(info.normalise(pixels), labels, stages, None, info, pixels, about)
 
 
 def _about(distillation):

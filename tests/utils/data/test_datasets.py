@@ -14,7 +14,7 @@ from tests.conftest import make_tree
 from tests.support import formats
 from utils.data import class_folders, datasets
 from utils.data.class_folders import DecodeSpec
-from utils.data.decoding import decode_image
+from utils.data.image_files import decode_image
 from utils.data.info import changes, pixel_fingerprint
 from utils.run.errors import UserError
 
@@ -110,7 +110,7 @@ def test_many_workers_decode_what_one_does(tmp_path, monkeypatch):
     tree = formats.write_mixed(tmp_path / "t", ["cat", "dog"])
     alone = datasets.read("folder", tree, res=24)
     shutil.rmtree(tree / class_folders.CACHE)
-    monkeypatch.setattr("utils.data.decoding.BATCH", 5)
+    monkeypatch.setattr("utils.data.image_files.BATCH", 5)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     torch.manual_seed(0)
     expected = torch.rand(1)
