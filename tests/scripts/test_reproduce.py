@@ -112,16 +112,10 @@ def test_list_shows_every_row():
     ]  # fmt: skip
 
 
-def test_every_published_row_has_a_shell_file(tmp_path):
-    names = {row.replace("-", "_") + ".sh": row for row in PUBLISHED}
-    found = {path.name for path in (PROJECT / "scripts").glob("*_ipc*.sh")}
-    assert found == names.keys()
-    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
-    for name, row in names.items():
-        file = PROJECT / "scripts" / name
-        assert f'reproduce.py" {row} ' in file.read_text()
-    done = subprocess.run([file, "--dry_run", "--root_log_dir", "my results"], cwd=tmp_path,
-                          env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True)  # fmt: skip
+def test_the_command_line_prints_the_commands_of_a_row(tmp_path):
+    words = [sys.executable, PROJECT / "scripts/reproduce.py", "cifar100-idc-ipc50", "--dry_run"]
+    done = subprocess.run([*words, "--root_log_dir", "my results"], cwd=tmp_path, capture_output=True, text=True,
+                          check=True)  # fmt: skip
     assert done.stdout.startswith(f"python {PROJECT}/distill_idc.py") and "--results 'my results'" in done.stdout
 
 

@@ -6,6 +6,7 @@ Names and defaults are those of the published code (MTT, IDC and PDD). An option
 
 import argparse
 import math
+import sys
 
 import networks
 
@@ -17,50 +18,28 @@ from ..run.log import log0
 
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
 FEW_STEPS, SMALL_BATCH = 10, 16  # of an epoch; images that a minibatch can have without a warning
-UNUSED = "accepted for old commands; not used"
+UNUSED = "unused"  # start of the help of options that change nothing, which --help leaves out
 # Options that may change between a run and its continuation, because results do not depend on them.
 RESUMABLE_CHANGES = (
-    "device",
-    "wandb",
-    "checkpoint_minutes",
-    "dry_run",
+    "device", "wandb", "checkpoint_minutes", "dry_run",
     # PDD+MTT
-    "data_path",
-    "buffer_path",
-    "root_log_dir",
-    "start_interval",
-    "override_experiment_path",
-    "save_dir",
-    "save_path",
-    "kept_steps",
-    "slice_size",
-    "compile",
+    "data_path", "buffer_path", "root_log_dir", "start_interval", "override_experiment_path", "save_dir", "save_path",
+    "kept_steps", "slice_size", "compile",
     # PDD+IDC
-    "data_dir",
-    "imagenet_dir",
-    "results",
-    "override_save_dir",
-    "override_load_dir",
-    "workers",
-    "print_freq",
-    "time",
-    "name",
-    "transition_batch",
-    "pretrain",
-    "phase",
-    "nclass_sub",
-)
+    "data_dir", "imagenet_dir", "results", "override_save_dir", "override_load_dir", "workers", "print_freq", "time",
+    "name", "transition_batch", "pretrain", "phase", "nclass_sub",
+)  # fmt: skip
 # Raised when a change of the code gives a run of the same options another result; a run is not continued across it.
 BEHAVIOUR = 2
-CONFIG_DEFAULTS = {
-    "select_on": "test",
-    "bf16": False,
-    "drop_easy": 0.0,
-}  # of options that folders of earlier versions do not name
+# Of options that folders of earlier versions do not name.
+CONFIG_DEFAULTS = {"select_on": "test", "bf16": False, "drop_easy": 0.0}
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose help shows every default and whose refusals are one line with exit status 2."""
+    """An ArgumentParser whose help shows every default and whose refusals are one line with exit status 2.
+
+    Names of options may be spelled with - or _, whichever their tables use.
+    """
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=_Formatter)
@@ -71,6 +50,15 @@ class Parser(argparse.ArgumentParser):
     def _print_message(self, message, file=None):
         if distributed.is_rank0():
             super()._print_message(message, file)
+
+    def parse_known_args(self, args=None, namespace=None):
+        declared = {name.replace("-", "_"): name for name in self._option_string_actions if name.startswith("--")}
+
+        def respell(word):
+            name, equals, value = word.partition("=")
+            return declared.get(name.replace("-", "_"), name) + equals + value
+
+        return super().parse_known_args([*map(respell, sys.argv[1:] if args is None else args)], namespace)
 
     def add_options(self, title, rows):
         """Add a group of options from a table; a fifth column holds further arguments of `add_argument`."""
@@ -84,18 +72,18 @@ class Parser(argparse.ArgumentParser):
                 settings = {"type": kind, "default": default}
             if kind is truth:
                 settings["metavar"] = "{True,False}"
+            if text.startswith(UNUSED):
+                text = argparse.SUPPRESS
+                self.epilog = (
+                    "Options of the published code that change nothing are accepted; scripts/README.md lists them."
+                )
             group.add_argument(*names.split(), help=text, **settings, **(more[0] if more else {}))
 
     def given(self):
         """Return the options that stand on the command line, as a dict."""
-        defaults = [(action, action.default) for action in self._actions]
-        for action in self._actions:
-            action.default = argparse.SUPPRESS
-        try:
-            return vars(self.parse_args())
-        finally:
-            for action, default in defaults:
-                action.default = default
+        absent = object()
+        found = self.parse_args(namespace=argparse.Namespace(**{action.dest: absent for action in self._actions}))
+        return {name: value for name, value in vars(found).items() if value is not absent}
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -111,31 +99,17 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 FLAG = "flag"
 
 
-def number(kind, low=None, high=None, above=None):
-    """Return a parser of one int or float within bounds.
-
-    Args:
-        kind: int or float.
-        low: smallest allowed value.
-        high: largest allowed value.
-        above: the value must be larger than this.
-    """
+def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
+    """Return a parser of one int or float (`kind`) in [low, high] that is larger than `above`."""
+    bounds = [f"{sign} {bound}" for sign, bound in ((">=", low), (">", above), ("<=", high)) if math.isfinite(bound)]
+    wanted = " ".join(["a whole number" if kind is int else "a number", *bounds])
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        wanted = "a whole number" if kind is int else "a number"
-        if low is not None:
-            wanted += f" >= {low}"
-        if above is not None:
-            wanted += f" > {above}"
-        if high is not None:
-            wanted += f" <= {high}"
-        wrong = not math.isfinite(value)
-        wrong = wrong or (low is not None and value < low) or (high is not None and value > high)
-        if wrong or (above is not None and value <= above):
+        if not (math.isfinite(value) and low <= value <= high and value > above):
             raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
         return value
 
@@ -161,12 +135,10 @@ def truth(text):
 
 def network_name(text, known=tuple(networks.NAMES)):
     """Parse the name of a network of the MTT family, in any case of its letters."""
-    if text in known:
-        return text
-    for name in known:
-        if name.lower() == text.lower():
-            return name
-    raise argparse.ArgumentTypeError(f"unknown network {text!r}; known: {', '.join(known)}")
+    names = [name for name in known if name.lower() == text.lower()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"unknown network {text!r}; known: {', '.join(known)}")
+    return text if text in names else names[0]
 
 
 def network_list(text):
@@ -237,8 +209,8 @@ def refuse_other_behaviour(folder, content, complete):
     """Refuse to continue a run that an earlier version of the code began.
 
     Args:
-        folder: of the run.
-        content: of its config.json.
+        folder: the run's.
+        content: what its config.json holds.
         complete: nothing is left to do.
 
     Raises:
@@ -279,12 +251,12 @@ def check_network(name, real):
 
 
 def warn_of_few_images(real, batch_size=None, ipc=None):
-    """Say if an epoch has very few steps, or if the stages learn more images than a class has.
+    """Warn if an epoch has very few steps, or if the stages learn more images than a class has.
 
     Args:
         real: `RealData`.
-        batch_size: images of a minibatch of real ones; None to leave this out.
-        ipc: images of each class that all stages learn together; None to leave this out.
+        batch_size: real images in a minibatch; None leaves the first warning out.
+        ipc: images of each class that all stages learn together; None leaves the second one out.
     """
     steps = -(-len(real.train) // batch_size) if batch_size else FEW_STEPS
     if steps < FEW_STEPS and batch_size > SMALL_BATCH:
@@ -292,20 +264,13 @@ def warn_of_few_images(real, batch_size=None, ipc=None):
             f"warning: an epoch of {len(real.train)} images has {steps} steps: experts learn slowly and matching may "
             "diverge; lower --batch_train (16, say), raise --train_epochs, and distil with --lr_lr 1e-06 --lr_img 100"
         )
-    fewest = min(len(indices) for indices in real.class_indices)
+    fewest = min(map(len, real.class_indices))
     if ipc and ipc > fewest:
         log0(f"warning: the stages learn {ipc} images of each class, more than the {fewest} real ones that a class has")
 
 
 def dry_run(args, inputs, output, size):
-    """Return in lines what a run would do.
-
-    Args:
-        args: namespace of the resolved options.
-        inputs: {what: path} that the run reads.
-        output: folder it writes.
-        size: `sizes.Size`.
-    """
+    """Return what a run would do, in lines: its options, `inputs` {what: path}, `output` folder and `sizes.Size`."""
     lines = [f"option  {name} = {value}" for name, value in vars(args).items()]
     lines += [f"input   {what}: {path}" for what, path in inputs.items()]
     return "\n".join([*lines, f"output  {output}", f"steps   {size.steps}", f"disk    {human_bytes(size.disk)}"])

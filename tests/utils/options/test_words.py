@@ -1,6 +1,7 @@
 """Options that misled new users, and what is said to them."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,8 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import buffer_mtt
 import distill_idc
+import distill_mtt
 import evaluate_idc
+import evaluate_mtt
 from tests.conftest import PROJECT
 from utils import options
 from utils.data.datasets import RES
@@ -49,6 +53,56 @@ def test_help_has_one_group_of_each_title(monkeypatch, capsys):
         parsed(distill_idc, "--help", monkeypatch)
     titles = [line for line in capsys.readouterr().out.splitlines() if line.endswith(":") and line[:1].isalpha()]
     assert "machine:" in titles and len(titles) == len(set(titles))
+
+
+UNUSED = {
+    "buffer_mtt": ["--batch_real"],
+    "distill_mtt": ["--batch_real", "--num_experts", "--lr_init", "--epoch_eval_train"],
+    "evaluate_mtt": ["--batch_real", "--mom", "--l2", "--save_interval"],
+    "distill_idc": ["--load_memory", "--workers", "--phase", "--nclass_sub", "--pretrained", "--verbose"],
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_unused_options_are_accepted_hidden_and_listed(name, monkeypatch, capsys):
+    script = importlib.import_module(name)
+    with pytest.raises(SystemExit):
+        parsed(script, "--help", monkeypatch)
+    said, listed = capsys.readouterr().out, (PROJECT / "scripts" / "README.md").read_text()
+    assert said.rstrip().endswith("are accepted; scripts/README.md lists them.")
+    shown = {word.rstrip(",") for line in said.splitlines() if line.startswith("  -") for word in line.split()}
+    assert "--dry_run" in shown
+    more = "--ipc 1 -d digits " if name == "distill_idc" else ""
+    for option in UNUSED[name]:
+        assert option not in shown and f"`{option}`" in listed
+        parsed(
+            script, f"{more}{option}" if option in ("--pretrained", "--verbose") else f"{more}{option} 1", monkeypatch
+        )
+
+
+@pytest.mark.parametrize(
+    "script,words,found",
+    [
+        (distill_mtt, "--num-intervals 7 --lr-img=5", {"num_intervals": 7, "lr_img": 5.0}),
+        (distill_mtt, "--num_interv 7 --start-sampling-epoch 2", {"num_intervals": 7, "start_sampling_epoch": 2}),
+        (evaluate_mtt, "--num-intervals=3 --save-path a-b_c", {"num_intervals": 3, "save_path": "a-b_c"}),
+        (buffer_mtt, "--use_random_pruning --sparse_ratio 0.5", {"use_random_pruning": True, "sparse_ratio": 0.5}),
+        (distill_idc, "--ipc 1 --num_intervals 3 --weight_decay=1e-3", {"num_intervals": 3, "weight_decay": 1e-3}),
+        (
+            evaluate_idc,
+            "--ipc 1 --num-intervals 3 --override_load_dir x",
+            {"num_intervals": 3, "override_load_dir": "x"},
+        ),
+    ],
+)
+def test_names_of_options_are_spelled_with_dashes_or_underscores(script, words, found, monkeypatch):
+    args = vars(parsed(script, words, monkeypatch))
+    assert {name: args[name] for name in found} == found
+
+
+def test_presets_do_not_replace_an_option_that_is_spelled_the_other_way(monkeypatch):
+    args = parsed(distill_idc, "-d cifar10 --reproduce --ipc 1 --n-data 100 --weight_decay 0.1", monkeypatch)
+    assert (args.n_data, args.weight_decay, args.metric) == (100, 0.1, "mse")
 
 
 def data(per_class):

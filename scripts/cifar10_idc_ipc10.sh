@@ -1,4 +1,0 @@
-#!/usr/bin/env bash
-# PDD+IDC on CIFAR-10, 10 images per class in 5 stages; distillation, evaluation. See --help.
-set -eu
-exec python "$(dirname "$0")/reproduce.py" cifar10-idc-ipc10 "$@"

@@ -1,4 +1,0 @@
-#!/usr/bin/env bash
-# PDD+MTT on CIFAR-10, 50 images per class in 5 stages; experts, distillation, evaluation. See --help.
-set -eu
-exec python "$(dirname "$0")/reproduce.py" cifar10-mtt-ipc50 "$@"
