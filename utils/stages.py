@@ -119,7 +119,11 @@ def random_unions(real, ipc_totals, seed, keys):
     """
     rng = stream(seed, "random", *keys)
     device = real.train.images.device
-    chosen = np.stack([real.random_indices(c, max(ipc_totals), rng) for c in range(real.info.num_classes)])
+    advice = (
+        "leave the row of random real images out with --skip_random, or distil with --ipc times --num_intervals at "
+        f"most {real.smallest_class}"
+    )
+    chosen = np.stack([real.random_indices(c, max(ipc_totals), rng, advice) for c in range(real.info.num_classes)])
     unions = []
     for total in ipc_totals:
         index = torch.from_numpy(chosen[:, :total].reshape(-1)).to(device)

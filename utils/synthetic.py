@@ -118,7 +118,9 @@ def init_subset(real, ipc, init, rng, canvas=1, factor=1, pixels=False):
         noise = torch.from_numpy(rng.standard_normal((len(labels), info.channel, size, size), dtype=np.float32))
         return (noise / 4 + 0.5).clamp(0, 1).to(device) if pixels else noise.to(device), labels
     tiles = factor if init == "mix" else canvas
-    index = np.stack([real.random_indices(c, ipc * tiles**2, rng) for c in range(info.num_classes)])
+    most = real.smallest_class // tiles**2
+    advice = f"lower --ipc to {most} at most, or begin with noise (PDD+MTT: --pix_init noise, PDD+IDC: --init noise)"
+    index = np.stack([real.random_indices(c, ipc * tiles**2, rng, advice) for c in range(info.num_classes)])
     if init == "mix":  # position after position of the grid
         index = index.reshape(info.num_classes, tiles**2, ipc).transpose(0, 2, 1)
     index = torch.from_numpy(np.ascontiguousarray(index)).flatten().to(device)

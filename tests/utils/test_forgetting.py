@@ -126,7 +126,7 @@ def test_the_easiest_of_every_class_are_left_out(fraction, real):
         indices = view.class_indices[label]
         assert len(indices) == count and (view.train.labels[indices] == label).all()
         assert {tuple(image.flatten().tolist()) for image in view.train.images[indices]} == hardest <= kept
-        view.random_indices(label, count, np.random.default_rng(0))
+        view.random_indices(label, count, np.random.default_rng(0), "")
     assert len(view.train) == sum(map(len, view.class_indices))
     assert torch.equal(real.train.images, before) and view.test is real.test and view.info is real.info
 

@@ -229,7 +229,7 @@ def test_mix_packs_shrunk_images_of_the_class(factor, cells, taken, real):  # SP
     assert images.shape == (20, 1, 8, 8) and images.min() >= 0 and images.max() <= 1
     rng = np.random.default_rng(0)
     for label in range(10):
-        drawn = real.random_indices(label, ipc * factor**2, rng).reshape(factor, factor, ipc)
+        drawn = real.random_indices(label, ipc * factor**2, rng, "").reshape(factor, factor, ipc)
         for row, (top, bottom) in enumerate(cells):
             for column, (left, right) in enumerate(cells):
                 chosen = real.train.images[torch.from_numpy(drawn[row, column])].float() / 255

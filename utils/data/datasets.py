@@ -136,17 +136,22 @@ class RealData:
         """Return an `ImageDataset` of images (N, C, H, W) in [0, 1] that are normalised as the real ones are."""
         return ImageDataset(pixels, labels, (self.info.mean, self.info.std))
 
-    def random_indices(self, label, count, rng):
+    @property
+    def smallest_class(self):
+        """Number of training images of the class that has fewest."""
+        return min(map(len, self.class_indices))
+
+    def random_indices(self, label, count, rng, advice):
         """Return `count` different indices of training images of class `label`, drawn from `rng`.
 
         Raises:
-            UserError: the class has fewer images.
+            UserError: the class has fewer images; the message ends with `advice`.
         """
         indices = self.class_indices[label]
         if count > len(indices):
             raise UserError(
                 f"class {self.info.class_names[label]!r} of {self.info.name}: expected at least {count} training "
-                f"images, found {len(indices)}; lower --ipc"
+                f"images, found {len(indices)}; {advice}"
             )
         return rng.choice(indices, count, replace=False)
 

@@ -17,6 +17,8 @@ from utils.data.class_folders import DecodeSpec
 from utils.data.image_files import decode_image
 from utils.data.info import changes, pixel_fingerprint
 from utils.run.errors import UserError
+from utils.stages import random_unions
+from utils.synthetic import init_subset
 
 CPU = torch.device("cpu")
 
@@ -258,8 +260,14 @@ def test_zca_whitens_is_inverted_and_cached(cifar_tree, monkeypatch):
 
 def test_more_images_than_a_class_has():
     real = datasets.load("Digits", "", CPU)
-    with pytest.raises(UserError, match="lower --ipc"):
-        real.random_indices(0, 2000, np.random.default_rng(0))
+    most = min(map(len, real.class_indices))
+    for init, factor, largest in (("random", 1, most), ("mix", 2, most // 4)):
+        init_subset(real, largest, init, np.random.default_rng(0), factor=factor)
+        with pytest.raises(UserError, match=f"found [0-9]+; lower --ipc to {largest} at most, or begin with noise"):
+            init_subset(real, largest + 1, init, np.random.default_rng(0), factor=factor)
+    random_unions(real, [most // 2, most], 0, ())
+    with pytest.raises(UserError, match=f"--skip_random, or distil with --ipc times --num_intervals at most {most}$"):
+        random_unions(real, [most, most + 1], 0, ())
 
 
 def test_own_folders_without_train(tmp_path):

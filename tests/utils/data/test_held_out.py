@@ -62,4 +62,4 @@ def test_starting_images_are_kept_ones():
     images, labels = init_subset(part, 20, "real", np.random.default_rng(0))
     pixels = {tuple(x.flatten().tolist()) for x in (part.info.to_pixels(images) * 255).round()}
     assert pixels <= rows(part.train) and len(labels) == 200
-    assert (part.train.labels[part.random_indices(3, 30, np.random.default_rng(0))] == 3).all()
+    assert (part.train.labels[part.random_indices(3, 30, np.random.default_rng(0), "")] == 3).all()
