@@ -23,23 +23,22 @@ class Checkpoint:
             for iteration in checkpoint.iterations(5000):
                 …
 
-    The objects are tensors (changed in place), dicts, or have state_dict and load_state_dict; the checkpoint restores
-    them when it is entered. Of several ranks all make the same iterations, rank 0 saves, and a signal to one of them
-    stops all in the same iteration.
+    Entering it restores the objects. With several ranks, all make the same iterations, rank 0 saves, and a signal to
+    one of them stops all in the same iteration.
 
     Args:
-        path: of the file.
+        path: the file.
         minutes: between two saves.
         config: dict of the run's options; the file of a run with others is refused.
-        free: names of options that may differ.
-        objects: what an iteration changes, by name.
+        objects: what an iteration changes, by name: tensors (changed in place), dicts, or objects that have state_dict
+            and load_state_dict.
 
     Raises:
-        UserError: the file is damaged, was changed, or is another run's (when entered).
+        UserError: on entering, if the file is damaged, was changed, or is another run's.
     """
 
-    def __init__(self, path, minutes, config, free=(), **objects):
-        self.path, self.seconds, self.free, self.objects = Path(path), minutes * 60, free, objects
+    def __init__(self, path, minutes, config, **objects):
+        self.path, self.seconds, self.objects = Path(path), minutes * 60, objects
         self.config = json.loads(json.dumps(config))
         self.iteration = 0
 
@@ -48,17 +47,17 @@ class Checkpoint:
             self._restore()
         distributed.barrier()  # nobody writes the file before all have read it
         self.saved_at = time.monotonic()
-        signals.opened(self)
+        signals.open_checkpoint = self
         return self
 
     def __exit__(self, *_):
-        signals.closed(self)
+        signals.open_checkpoint = None
 
     def iterations(self, count):
-        """Yield the iterations that are left of 0, 1, …, count - 1; between two it is saved if it is time."""
+        """Yield the iterations that are left of 0, 1, …, count - 1; saves between two if it is time."""
         for iteration in range(self.iteration, count):
             self.iteration = iteration
-            stop = distributed.all_reduce_max(signals.received() or 0)
+            stop = distributed.all_reduce_max(signals.received or 0)
             if stop:
                 distributed.barrier()  # torchrun ends the others when the first one does
                 signals.stop_if_asked(stop)
@@ -71,30 +70,22 @@ class Checkpoint:
         self.saved_at = time.monotonic()
         if distributed.is_rank0():
             objects = {name: _state(value) for name, value in self.objects.items()}
-            state = {"config": self.config, "iteration": self.iteration, "objects": objects}
-            files.save(self.path, state | {"digest": files.digest(state)})
+            files.save_with_digest(self.path, {"config": self.config, "iteration": self.iteration, "objects": objects})
 
     def _restore(self):
         what = "the state of an interrupted run"
         state = files.load(self.path, what)
         digest = state.pop("digest", None) if isinstance(state, dict) else None
+        found = None
         if digest is None or digest != files.digest(state):
-            raise UserError(
-                f"{self.path}: expected {what}, found something else, a changed file, or one of an earlier version; "
-                "delete it to begin this stage anew"
-            )
-        if other := files.differing(state["config"], self.config, self.free):
-            raise UserError(
-                f"{self.path}: expected {what}, found that of another run ({other}); delete it to begin this stage anew"
-            )
+            found = "something else, a changed file, or one of an earlier version"
+        elif other := files.differing(state["config"], self.config):
+            found = f"that of another run ({other})"
+        if found:
+            raise UserError(f"{self.path}: expected {what}, found {found}; delete it to begin this stage anew")
         self.iteration = state["iteration"]
         for name, value in self.objects.items():
             _restore(value, state["objects"][name])
-
-    def remove(self):
-        """Remove the file: its work is complete and stands in the results."""
-        if distributed.is_rank0():
-            self.path.unlink(missing_ok=True)
 
 
 def _state(value):
@@ -116,11 +107,11 @@ def _restore(value, state):
 def finish_each(folder, name, key, tasks, work):
     """Do every one of `tasks` once, over all ranks and interruptions.
 
-    Each finished task is a file in `folder`/partial; those of an earlier call of the same `name` with another `key` or
-    other tasks are removed. A file that cannot be read is made again.
+    Each finished task is a file in `folder`/partial. Files of the same `name` that belong to another `key` or to other
+    tasks are removed; one that cannot be read is made again.
 
     Args:
-        folder: of the results.
+        folder: the results'.
         name: of this kind of work, for file names.
         key: everything that the results depend on: nested dicts, lists and tuples of tensors, numbers and strings.
         tasks: list of numbers, strings or tuples of them.
@@ -143,15 +134,14 @@ def finish_each(folder, name, key, tasks, work):
     for task in mine:
         signals.stop_if_asked()
         results[task] = work(task)
-        finished = {"result": results[task]}
-        files.save(paths[task], finished | {"digest": files.digest(finished)})
+        files.save_with_digest(paths[task], {"result": results[task]})
     for found in distributed.gather({task: results[task] for task in mine}):
         results |= found
     return [results[task] for task in tasks]
 
 
 def forget_finished(folder, name):
-    """Remove the finished units called `name` of `folder`: their work stands in the results."""
+    """Remove the finished units called `name`: their work is in the results."""
     partial = Path(folder) / PARTIAL
     if distributed.is_rank0() and partial.is_dir():
         for path in partial.glob(f"{name}-*.pt"):

@@ -101,8 +101,13 @@ def load(path, what="a file written by torch.save", mmap=False):
         ) from None
 
 
+def save_with_digest(path, state):
+    """Save the dict `state` with its own digest, for `load_trusted`."""
+    save(path, state | {"digest": digest(state)})
+
+
 def load_trusted(path):
-    """Return the dict in a file that was saved with its own `digest`; None if it is missing, damaged or changed."""
+    """Return the dict that `save_with_digest` wrote to `path`; None if the file is missing, damaged or changed."""
     if not Path(path).exists():
         return None
     try:

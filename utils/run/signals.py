@@ -9,8 +9,8 @@ import signal
 from . import distributed
 from .errors import Interrupted
 
-_received = None
-_open_checkpoints = []
+received = None  # number of the signal that came
+open_checkpoint = None  # saved before the run stops
 
 
 def listen():
@@ -24,45 +24,28 @@ def listen():
 
 
 def _handle(number, _frame):
-    global _received
-    _received = number
+    global received
+    received = number
     if distributed.size() == 1:
         signal.signal(number, signal.SIG_DFL)
-    if not _open_checkpoints:
+    if open_checkpoint is None:
         stop_if_asked()
-
-
-def received():
-    """Return the number of the signal that came; None without one."""
-    return _received
-
-
-def opened(checkpoint):
-    """Register a checkpoint to be saved before the run stops."""
-    _open_checkpoints.append(checkpoint)
-
-
-def closed(checkpoint):
-    """Forget a checkpoint."""
-    _open_checkpoints.remove(checkpoint)
 
 
 def stop_if_asked(number=None):
     """Save the open checkpoint and stop if a signal came; called between two epochs and between two iterations.
 
     Args:
-        number: of a signal that came to another rank.
+        number: the signal that came to another rank.
 
     Raises:
         Interrupted: the run was asked to stop.
     """
-    global _received
-    number = number or _received
+    global received
+    number = number or received
     if number is None:
         return
-    _received = None
-    saved = None
-    for checkpoint in _open_checkpoints:
-        checkpoint.save()
-        saved = checkpoint.path
-    raise Interrupted(number, saved)
+    received = None
+    if open_checkpoint:
+        open_checkpoint.save()
+    raise Interrupted(number, open_checkpoint and open_checkpoint.path)

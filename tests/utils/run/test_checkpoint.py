@@ -21,20 +21,20 @@ def own_handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-    assert signals.received() is None
+    assert signals.received is None
 
 
 class Learning:
     """A learning loop: a tensor changed in place by SGD with momentum, a best value, and the path it took."""
 
-    def __init__(self, path, minutes=0, config=CONFIG, free=()):
+    def __init__(self, path, minutes=0, config=CONFIG):
         torch.manual_seed(0)
         self.images = torch.randn(5, dtype=torch.float64)
         self.optimizer = torch.optim.SGD([self.images], 0.1, 0.9)
         self.best = {"loss": float("inf"), "iteration": None}
         self.seen = []
         objects = {"images": self.images, "optimizer": self.optimizer, "best": self.best}
-        self.checkpoint = Checkpoint(path, minutes, config, free, **objects)
+        self.checkpoint = Checkpoint(path, minutes, config, **objects)
 
     def run(self, count=10, each=lambda iteration: None):
         with self.checkpoint:
@@ -139,12 +139,6 @@ def test_another_config_is_refused_and_named(path):
     assert path.read_bytes() == before
 
 
-def test_options_that_are_free_may_differ(path, tmp_path):
-    expected = Learning(tmp_path / "other.pt").run()
-    save_one(path)
-    assert Learning(path, config=CONFIG | {"device": "cuda"}, free=("device",)).run() == expected
-
-
 def test_tuples_of_a_config_are_lists_in_the_file(path):
     config = CONFIG | {"strategy": ("a", "b")}
     with pytest.raises(Killed):
@@ -189,15 +183,6 @@ def test_a_file_that_is_cut_off_is_refused(path):
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=f"{path}: expected the state of an interrupted run, found "):
         Learning(path).run()
-
-
-def test_removed_with_its_work_complete(path):
-    save_one(path)
-    learning = Learning(path)
-    learning.run()
-    learning.checkpoint.remove()
-    learning.checkpoint.remove()
-    assert not path.exists()
 
 
 # Signals --------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ def own_handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-    assert signals.received() is None
+    assert signals.received is None
 
 
 class Open:
@@ -41,15 +41,15 @@ def test_without_an_open_checkpoint_the_run_stops_at_once(number):
 def test_with_one_it_stops_when_asked_and_saves_once():
     signals.listen()
     checkpoint = Open()
-    signals.opened(checkpoint)
+    signals.open_checkpoint = checkpoint
     try:
         signals.stop_if_asked()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.received() == signal.SIGTERM and checkpoint.saves == 0
+        assert signals.received == signal.SIGTERM and checkpoint.saves == 0
         with pytest.raises(Interrupted) as stop:
             signals.stop_if_asked()
     finally:
-        signals.closed(checkpoint)
+        signals.open_checkpoint = None
     assert (stop.value.signal_number, stop.value.saved) == (signal.SIGTERM, "checkpoint.pt")
     assert checkpoint.saves == 1
     signals.stop_if_asked()  # it is asked once
@@ -65,10 +65,10 @@ def test_a_second_signal_of_the_same_kind_ends_the_process(first, second):
 import os
 from utils.run import signals
 signals.listen()
-signals.opened(object())
+signals.open_checkpoint = object()
 os.kill(os.getpid(), {first})
 os.kill(os.getpid(), {second})
-print("received", signals.received())
+print("received", signals.received)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True)
     if first == second:
