@@ -1,6 +1,5 @@
 """User errors, and how a script ends."""
 
-import errno
 import io
 import os
 import signal
@@ -8,18 +7,6 @@ import sys
 
 from tqdm import tqdm
 
-DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
-PATH_ERRORS = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENOTEMPTY,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-)
 OOM_MESSAGES = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
 
@@ -53,9 +40,9 @@ def one_line(error):
 def run(main, oom_advice="smaller minibatches", speaks=lambda: True):
     """Run a script's `main` and end the process the documented way.
 
-    Exit status 0 on success; 2 with one line on stderr for a `UserError`, a full disk, a path that cannot be used or
-    too little memory; 128 + signal number for an interruption; 1 if another process of the job ended. Anything
-    else is a fault of the program and keeps its traceback.
+    Exit status 0 on success; 2 with one line on stderr for a `UserError`, an error of the system about a file, or too
+    little memory; 128 + signal number for an interruption; 1 if another process of the job ended. Anything else is a
+    fault of the program and keeps its traceback.
 
     Args:
         main: function without arguments.
@@ -90,13 +77,10 @@ def run(main, oom_advice="smaller minibatches", speaks=lambda: True):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in PATH_ERRORS:
-            end(f"{error.filename or 'a path'}: cannot be used ({error.strerror}); check it or choose another", 2)
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        if isinstance(error, OSError) and error.errno:
             end(
-                f"cannot write {error.filename or 'a file'}: {error.strerror}; "
-                "files written before are intact: make room or choose another folder, "
-                "then run the same command again",
+                f"{error.filename or 'a file'}: cannot be used ({error.strerror}); files written before are intact: "
+                "make room, check the path or choose another folder, then run the same command again",
                 2,
             )
         if is_out_of_memory(error):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -77,28 +78,21 @@ def load(path, what="a file written by torch.save", mmap=False):
         UserError: the file is missing, cut off, or needs more than safe loading allows.
     """
     path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: expected {what}, found {'a folder' if path.is_dir() else 'no file'}")
     try:
-        if not path.is_file():
-            raise UserError(f"{path}: expected {what}, found {'a folder' if path.is_dir() else 'no file'}")
         mmap = mmap and zipfile.is_zipfile(path) and str(path).isprintable()  # PyTorch maps no names that are no text
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        text = str(error)
-        if "Unsupported" in text or "GLOBAL" in text or "WeightsUnpickler" in text:
-            raise UserError(
-                f"{path}: expected {what}, found a file that asks to run code or holds other objects than tensors; "
-                "refused, since loading it is unsafe"
-            ) from None
-        raise UserError(f"{path}: expected {what}, found something else or a damaged file; make it anew") from None
-    except UserError:
-        raise
-    except Exception as error:
+    except Exception as error:  # a damaged archive surfaces as whatever the parser stumbled over
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a cut-off archive leads to
             raise UserError(f"{path}: expected {what}, but it cannot be read ({error.strerror}); check it") from None
-        # A damaged archive surfaces as whatever the parser stumbled over (RuntimeError, EOFError, KeyError, …).
-        raise UserError(
-            f"{path}: expected {what}, found a damaged or cut-off file ({one_line(error)[:80]}); make it anew"
-        ) from None
+        found = f"a damaged or cut-off file ({one_line(error)[:80]}); make it anew"
+        unsafe = ("Unsupported", "GLOBAL", "WeightsUnpickler")
+        if isinstance(error, pickle.UnpicklingError) and any(word in str(error) for word in unsafe):
+            found = (
+                "a file that asks to run code or holds other objects than tensors; refused, since loading it is unsafe"
+            )
+        raise UserError(f"{path}: expected {what}, found {found}") from None
 
 
 def save_with_digest(path, state):
@@ -149,12 +143,7 @@ def write_json(path, value):
 
 
 def read_json(path, what="a JSON file", holds=None):
-    """Return the JSON object in `path`.
-
-    Args:
-        path: the file.
-        what: what the file should be, for the message.
-        holds: {key: type or types} that the object must have.
+    """Return the JSON object in `path`, which should be `what` and have the keys of `holds`, {key: type or types}.
 
     Raises:
         UserError: the file is missing, not a JSON object, or one without these keys.
@@ -183,7 +172,7 @@ def locked(folder, name=LOCK, timeout=None, alone=True):
 
     Args:
         folder: made if it is missing.
-        name: of the lock's file.
+        name: the lock's file.
         timeout: seconds to wait for it; None waits only under torchrun, which starts the next try before the last one
             has let go.
         alone: nobody else writes below the folder, so what killed processes left there is removed.
@@ -223,8 +212,8 @@ def check_config(folder, config, free=(), name=CONFIG, defaults=None, **extra):
         folder: a result folder.
         config: dict of all options.
         free: names of options that may change between a run and its continuation.
-        name: of the config file.
-        defaults: {option: value} of options that older folders do not name: how these were made.
+        name: the config file.
+        defaults: {option: value} of options that older folders do not name.
         extra: more to write into a new file.
 
     Returns:
@@ -249,13 +238,13 @@ def check_config(folder, config, free=(), name=CONFIG, defaults=None, **extra):
 
 
 def differing(before, now, free=()):
-    """Return in words where two dicts of options differ in what both hold, but for the names in `free`."""
+    """Return in words how two dicts of options differ in what both hold, except for the names in `free`."""
     names = [name for name in now if name not in free and name in before and before[name] != now[name]]
     return "; ".join(f"{name} {before[name]} there, {now[name]} now" for name in names)
 
 
 def human_bytes(count):
-    """Return a number of bytes in words: 512 bytes, 1.5 kB, 20.0 MB, 3.2 GB."""
+    """Return a number of bytes as text: 512 bytes, 1.5 kB, 20.0 MB, 3.2 GB."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -263,16 +252,11 @@ def human_bytes(count):
 
 
 def need_disk(folder, wanted, what):
-    """Compare the free disk space at `folder` with the `wanted` bytes of `what`.
-
-    Raises:
-        UserError: there is less.
-    """
+    """Raise a `UserError` if less than `wanted` bytes are free at `folder`, which `what` need."""
     place = Path(os.path.realpath(folder))
     while not place.exists():
         place = place.parent
-    stat = os.statvfs(place)
-    free = stat.f_bavail * stat.f_frsize
+    free = shutil.disk_usage(place).free
     if wanted > free:
         raise UserError(
             f"{folder}: {what} need {human_bytes(wanted)}, {human_bytes(free)} are free; "

@@ -25,7 +25,7 @@ def ended(error, capsys, **options):
 @pytest.mark.parametrize(
     "error,words",
     [
-        (OSError(errno.ENOSPC, "No space left on device", "a/b.pt"), "cannot write a/b.pt: No space left"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b.pt"), "a/b.pt: cannot be used (No space left"),
         (PermissionError(errno.EACCES, "Permission denied", "a"), "a: cannot be used (Permission denied)"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: cannot be used (Not a directory)"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a/b"), "a/b: cannot be used (Is a directory)"),
