@@ -3,17 +3,14 @@
 Tiny ImageNet's own layout counts too: train/<class>/images, and val/images with val/val_annotations.txt.
 """
 
-import contextlib
 import dataclasses
-import fcntl
-import glob
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from ..run import files
 from ..run.errors import UserError, one_line
@@ -21,6 +18,7 @@ from ..run.log import log0
 from .info import count_and_digest
 
 CACHE = ".pdd_cache"
+ABOUT = "about.json"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's ImageFolder
 
 
@@ -47,7 +45,7 @@ def read(name, root, spec, num_classes=None, classes=None):
     """Read class folders through the cache beside them.
 
     Args:
-        name: of the cache, and of the data set for messages.
+        name: the cache's, and the data set's for messages.
         root: holds train, and test or val.
         spec: `DecodeSpec`.
         num_classes: how many class folders there must be, None for any number.
@@ -71,13 +69,7 @@ def read(name, root, spec, num_classes=None, classes=None):
     digest, fingerprint = _digests(root, parts, class_names, spec)
     shapes = {part: (len(paths), spec.channel, spec.im_size, spec.im_size) for part, (paths, _) in parts.items()}
     cache = root / CACHE / name
-    found = _cached(cache, digest, shapes)
-    if found is None:
-        try:
-            found = _decode_into_cache(cache, digest, shapes, parts, spec)
-        except OSError as error:
-            note_no_cache(cache, error)
-            found = _decode_uncached(shapes, parts, spec)
+    found = _cached(cache, digest, shapes) or _decode_and_cache(cache, digest, shapes, parts, spec)
     (train, test), statistics = found
     train_labels, test_labels = (np.array(labels, dtype=np.int64) for _, labels in parts.values())
     return (train, train_labels, test, test_labels), class_names, statistics, fingerprint
@@ -122,11 +114,13 @@ def _list_images(root, classes):
     return parts | {"test": _list_classes(test, class_names, others)}, class_names, others
 
 
+def _refuse(error):
+    raise UserError(f"{error.filename}: expected a folder, but it cannot be read ({error.strerror})") from None
+
+
 def _class_folders(folder):
-    try:
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{folder}: expected class folders, but it cannot be read ({error.strerror})") from None
+    _, names, _ = next(os.walk(folder, onerror=_refuse))
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def _list_classes(folder, class_names, others):
@@ -145,12 +139,8 @@ def _images_below(top, others):
 
     torchvision's make_dataset would take seconds to import, and leave out folders that cannot be read.
     """
-
-    def refuse(error):
-        raise UserError(f"{error.filename}: expected a folder of images, but it cannot be read ({error.strerror})")
-
     found = []
-    for folder, subfolders, names in os.walk(top, onerror=refuse, followlinks=True):
+    for folder, subfolders, names in os.walk(top, onerror=_refuse, followlinks=True):
         names += [name for name in subfolders if name.lower().endswith(SUFFIXES)]  # which decoding refuses
         subfolders[:] = sorted(
             name
@@ -171,11 +161,11 @@ def _list_annotated(annotations, class_names):
     number = {name: label for label, name in enumerate(class_names)}
     paths, labels = [], []
     for line_number, line in enumerate(annotations.read_text(errors="replace").splitlines(), 1):
-        fields = line.split("\t")
-        if len(fields) < 2 or fields[1] not in number:
+        file, _, rest = line.partition("\t")
+        if (name := rest.partition("\t")[0]) not in number:
             raise UserError(f"{annotations}: line {line_number}: expected file, tab, class, found {line[:60]!r}")
-        paths.append(str(annotations.parent / "images" / fields[0]))
-        labels.append(number[fields[1]])
+        paths.append(str(annotations.parent / "images" / file))
+        labels.append(number[name])
     if not paths:
         raise UserError(f"{annotations}: expected one line for each image, found none")
     return paths, labels
@@ -192,8 +182,8 @@ def _digests(root, parts, class_names, spec):
             except OSError as error:
                 raise UserError(f"{path}: cannot be read ({error.strerror}); check the data") from None
             line = f"{path[len(str(root)) :]}\0{label}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
-            digest.update(line.encode(errors="surrogateescape"))
-            members[label].append(f"{os.path.basename(path)}\0{stat.st_size}\n".encode(errors="surrogateescape"))
+            digest.update(os.fsencode(line))
+            members[label].append(os.fsencode(f"{os.path.basename(path)}\0{stat.st_size}\n"))
         fingerprint[part] = {
             name: count_and_digest(len(lines), b"".join(sorted(lines)))
             for name, lines in zip(class_names, members, strict=True)
@@ -204,7 +194,7 @@ def _digests(root, parts, class_names, spec):
 def _cached(cache, digest, shapes):
     """Return ([train images, test images], memory-mapped; (mean, std) or None); None if damaged or of other files."""
     try:
-        about = json.loads((cache / "about.json").read_text())
+        about = json.loads((cache / ABOUT).read_text())
         if about["fingerprint"] != digest:
             return None
         statistics = about.get("statistics") and tuple([*map(float, values)] for values in about["statistics"])
@@ -215,55 +205,30 @@ def _cached(cache, digest, shapes):
     return (images, statistics) if good else None
 
 
-def _decode_into_cache(cache, digest, shapes, parts, spec):
-    from .image_files import decode
-
-    cache.parent.mkdir(exist_ok=True)
-    with _locked(cache.parent) as held:
-        if found := _cached(cache, digest, shapes):  # another process decoded while this one waited
-            return found
-        making = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-        for leftover in cache.parent.glob(f"{glob.escape(cache.name)}.*.tmp") if held else [making]:
-            shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed
-        making.mkdir()
-        try:
-            about = {"fingerprint": digest}
-            for part, (paths, _) in parts.items():
-                target = making / f"{part}_images.npy"
-                images = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shapes[part])
-                images.flush()
-                with open(target, "r+b") as file:  # a full disk must say so here: writing into a map would kill
-                    os.posix_fallocate(file.fileno(), 0, target.stat().st_size)
-                decode(paths, spec, images)
-                images.flush()
-                if spec.measure and part == "train":
-                    about["statistics"] = _statistics(images)
-            files.write_json(making / "about.json", about)
-            shutil.rmtree(cache, ignore_errors=True)
-            os.replace(making, cache)
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
-    return _cached(cache, digest, shapes)
-
-
-@contextlib.contextmanager
-def _locked(folder):
-    """Hold `folder` when no other process does; yields False if its file system has no locks.
-
-    A lock on the folder itself works on any that may be read and leaves no file behind, as filelock would.
-    """
-    handle = os.open(folder, os.O_RDONLY)
+def _decode_and_cache(cache, digest, shapes, parts, spec):
+    """Return what `_cached` does; decodes all images unless another process is at it, and caches them if it can."""
+    found = None
     try:
-        held = False
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            held = True
-        yield held
-    finally:
-        os.close(handle)
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / ".lock"):
+            if found := _cached(cache, digest, shapes):
+                return found
+            images, statistics = found = _decode(shapes, parts, spec)
+            for leftover in cache.glob(".*.tmp"):  # of a process that was killed while it wrote
+                leftover.unlink()
+            (cache / ABOUT).unlink(missing_ok=True)  # it says that the arrays are whole
+            for part, array in zip(shapes, images, strict=True):
+                with files.atomic(cache / f"{part}_images.npy") as file:
+                    np.save(file, array)
+            files.write_json(cache / ABOUT, {"fingerprint": digest, "statistics": statistics})
+            return _cached(cache, digest, shapes)  # frees the memory
+    except OSError as error:
+        note_no_cache(cache, error)
+        return found or _decode(shapes, parts, spec)
 
 
-def _decode_uncached(shapes, parts, spec):
+def _decode(shapes, parts, spec):
+    """Return ([train images, test images], (mean, std) or None)."""
     from .image_files import decode, shared_array
 
     images = [shared_array(shape) for shape in shapes.values()]

@@ -1,4 +1,3 @@
-import fcntl
 import json
 import os
 import pickle
@@ -8,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from tests.conftest import make_tree
@@ -16,6 +16,7 @@ from utils.data import class_folders, datasets
 from utils.data.class_folders import DecodeSpec
 from utils.data.image_files import decode_image
 from utils.data.info import changes, pixel_fingerprint
+from utils.run import files
 from utils.run.errors import UserError
 from utils.stages import random_unions
 from utils.synthetic import init_subset
@@ -40,7 +41,7 @@ def test_class_folders_are_decoded_once_and_cached(cifar_tree, monkeypatch):
     assert len(first.train) == 120 and len(first.test) == 20
     pixels = np.asarray(Image.open(cifar_tree / "train" / "automobile" / "0003.png")).transpose(2, 0, 1)
     assert np.array_equal(first.train.images[12 + 3].numpy(), pixels)
-    monkeypatch.setattr(class_folders, "_decode_into_cache", None)  # a second start must not decode
+    monkeypatch.setattr(class_folders, "_decode", None)  # a second start must not decode
     second = datasets.load("CIFAR10", cifar_tree, CPU)
     assert torch.equal(first.train.images, second.train.images) and torch.equal(first.test.labels, second.test.labels)
 
@@ -55,36 +56,59 @@ def test_a_changed_tree_is_decoded_again(tmp_path):
 
 def test_what_killed_decodings_left_is_removed(tmp_path):
     tree = make_tree(tmp_path / "t", [f"class{n}" for n in range(10)], 2, 1)
-    dead, other = (tree / class_folders.CACHE / name for name in ("CIFAR10.1.tmp", "ImageNet-x-64.2.tmp"))
+    dead, other = (tree / class_folders.CACHE / name for name in ("CIFAR10", "ImageNet-x-64"))
     for folder in (dead, other):
         folder.mkdir(parents=True)
-        (folder / "train_images.npy").write_bytes(b"half")
+        (folder / ".train_images.npy.1.tmp").write_bytes(b"half")
     datasets.read("CIFAR10", tree)
-    assert sorted(path.name for path in dead.parent.iterdir()) == ["CIFAR10", other.name]
+    assert {p.name for p in dead.iterdir()} == {".lock", "about.json", "test_images.npy", "train_images.npy"}
+    assert len(list(other.iterdir())) == 1
+
+
+@pytest.mark.parametrize("full", ["train_images.npy", "test_images.npy", "about.json"])
+def test_a_cache_that_cannot_be_written_is_not_taken_for_whole(full, tmp_path, monkeypatch, capsys):
+    """The disk is full in the middle of the second data set's files: nothing of the first one is used for it."""
+    tree = make_tree(tmp_path / "t", [f"class{n}" for n in range(10)], 2, 1)
+    datasets.read("CIFAR10", tree)
+    (tree / "train" / "class0" / "0001.png").write_bytes((tree / "train" / "class1" / "0001.png").read_bytes())
+    atomic = files.atomic
+
+    def fail(path, mode="wb"):
+        if path.name == full:
+            raise OSError(28, "No space left on device", str(path))
+        return atomic(path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "atomic", fail)
+        found = datasets.read("CIFAR10", tree)
+    assert "nothing cached" in capsys.readouterr().err and not list(tree.rglob("about.json"))
+    again = datasets.read("CIFAR10", tree)
+    assert list(tree.rglob("about.json"))
+    for images in (found.train_images, again.train_images):
+        assert np.array_equal(images[1], images[3])
 
 
 def test_a_second_process_waits_for_the_first_ones_cache(tmp_path, monkeypatch):
     tree = make_tree(tmp_path / "t", [f"class{n}" for n in range(10)], 2, 1)
-    cache, copy = tree / class_folders.CACHE, tmp_path / "copy"
     expected = np.array(datasets.read("CIFAR10", tree).train_images)
-    cache.rename(copy)
-    cache.mkdir()
-    handle, lock = os.open(cache, os.O_RDONLY), fcntl.flock
-    lock(handle, fcntl.LOCK_EX)
+    cache = tree / class_folders.CACHE / "CIFAR10"
+    (cache / "about.json").rename(cache / "about")
+    monkeypatch.setattr(class_folders, "_decode", None)  # the second one must not decode
     asked, found = threading.Event(), []
-    monkeypatch.setattr(fcntl, "flock", lambda *arguments: (asked.set(), lock(*arguments)))
+
+    class Lock(FileLock):
+        def acquire(self, *arguments, **options):
+            asked.set()
+            return super().acquire(*arguments, **options)
+
+    monkeypatch.setattr(class_folders, "FileLock", Lock)
     waiting = threading.Thread(target=lambda: found.append(datasets.read("CIFAR10", tree).train_images), daemon=True)
-    try:
+    with FileLock(cache / ".lock"):
         waiting.start()
-        assert asked.wait(60) and not found and not list(cache.iterdir())
-        marked = np.load(copy / "CIFAR10" / "train_images.npy", mmap_mode="r+")
-        marked[0, 0, 0, 0] ^= 1  # shows that the cache was read, not the images
-        marked.flush()
-        (copy / "CIFAR10").rename(cache / "CIFAR10")
-    finally:
-        os.close(handle)
+        assert asked.wait(60) and not found
+        (cache / "about").rename(cache / "about.json")
     waiting.join(60)
-    assert np.argwhere(found[0] != expected).tolist() == [[0, 0, 0, 0]]
+    assert np.array_equal(found[0], expected)
 
 
 def test_a_read_only_tree_works_without_a_cache(tmp_path, monkeypatch, capsys):
@@ -95,7 +119,7 @@ def test_a_read_only_tree_works_without_a_cache(tmp_path, monkeypatch, capsys):
 
     cached = datasets.read("CIFAR10", tree)
     shutil.rmtree(tree / class_folders.CACHE)
-    monkeypatch.setattr(class_folders, "_decode_into_cache", refuse)
+    monkeypatch.setattr(class_folders, "FileLock", refuse)
     found = datasets.read("CIFAR10", tree)
     assert np.array_equal(found.train_images, cached.train_images)
     assert np.array_equal(found.test_labels, cached.test_labels)
