@@ -240,6 +240,17 @@ def test_a_new_best_of_any_network_saves_the_union_unclamped(distil, monkeypatch
     assert images.min() < black - 1 and images.max() > white + 1
 
 
+@pytest.mark.parametrize("slope,expected", [(-1, True), (1, False)])
+def test_a_stage_that_matching_did_not_improve_says_so(slope, expected, buffers, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        distill_mtt, "evaluate", lambda stage, iteration, *_: {"ConvNetW32": [50.0 + slope * iteration]}
+    )
+    words = [*STAGES, *SHORT, "--num_intervals", 1, "--buffer_path", buffers, "--root_log_dir", tmp_path]
+    status, message = call("distill_mtt.py", *words, capsys=capsys, monkeypatch=monkeypatch)
+    warned = "warning: stage 1: matching made the images no better than their initialisation" in message
+    assert status == 0 and warned == expected and ("change --lr_img or raise --Iteration" in message) == expected
+
+
 # --drop_easy ----------------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,22 @@ from ..data import datasets, info
 from ..results import names
 from ..stages import evaluation_config
 from ..trajectory_matching import TrajectoryMatchConfig
-from . import COUNT, DSA_STRATEGY, EVAL_MODE, FLAG, NATURAL, POSITIVE, RATE, UNUSED, network_name, strategy, truth
+from . import (
+    COUNT,
+    DROP_EASY,
+    DSA_STRATEGY,
+    EVAL_MODE,
+    FLAG,
+    NATURAL,
+    POSITIVE,
+    RATE,
+    SELECT_ON,
+    UNUSED,
+    WANDB,
+    network_name,
+    strategy,
+    truth,
+)
 
 
 def kept_steps(text):
@@ -55,6 +70,60 @@ EXPERIMENT = [
     ("--canvas_samples", COUNT, 1, "windows of each canvas in a minibatch"),
     ("--tag", str, "", "end of the experiment folder's name"),
 ]
+
+
+# Of distillation alone.
+_EXPERTS = [
+    ("--buffer_path", str, "./buffers", "buffers of the experts: their root or their folder"),
+    ("--max_files", COUNT, None, "use this many buffer files, chosen at random (default: all)"),
+    ("--max_experts", COUNT, None, "use this many experts of each file (default: all)"),
+    ("--num_experts", COUNT, 100, f"{UNUSED}: all experts of the folder are matched"),
+    ("--load_all", FLAG, False, "keep all buffer files in memory and draw experts with replacement"),
+]
+_STAGES = [
+    ("--num_intervals", COUNT, 1, "stages P"),
+    ("--start_interval", COUNT, 1, "begin at this stage (from 1)"),
+    ("--pix_init", ("real", "noise"), "real", "what new images start from"),
+]
+_MATCHING = [
+    ("--Iteration", COUNT, 5000, "matching iterations of each stage"),
+    ("--start_sampling_epoch", NATURAL, 0, "first start epoch"),
+    ("--no_aug", truth, False, "no DSA while matching", {"nargs": "?", "const": True}),
+    ("--lr_init", POSITIVE, 0.01, UNUSED),
+    ("--mom", RATE, 0.0, "momentum of SGD in a transition's real epochs"),
+    ("--l2", RATE, 0.0, "weight decay of SGD in a transition's real epochs"),
+    ("--kept_steps", kept_steps, "auto", "student steps whose graph is kept: auto (as many as fit half of the "
+     "free memory) or a number; 0 needs the least memory"),
+    ("--trajectories_per_iteration", COUNT, 1, "experts whose gradients are averaged in one iteration; 1 as published, "
+     "more is another setting that sees as many times the experts"),
+    ("--slice_size", COUNT, None, "images of a minibatch held at once (default: all)"),
+    ("--compile", FLAG, False, "torch.compile for a ConvNet student's steps; meant for GPUs"),
+    ("--bf16", FLAG, False, "the student's convolutions and products in bfloat16: no longer exact; meant for GPUs"),
+]  # fmt: skip
+_STAGE_EVALUATION = [
+    ("--num_eval", COUNT, 5, "networks of each evaluation"),
+    ("--eval_it", COUNT, 100, "iterations between two evaluations"),
+    ("--epoch_eval_train", COUNT, 1000, UNUSED),
+    ("--override_epoch_eval_train", COUNT, 1000, "epochs on a union, of these networks and of every expert in a "
+     "transition"),
+    *SELECT_ON,
+]  # fmt: skip
+_OUTPUT = [
+    ("--root_log_dir", str, "logged_files", "root folder of the results"),
+    ("--save_dir", str, None, "folder for the experiment's folder (default: root_log_dir/dataset)"),
+    ("--override_experiment_path", str, None, "the experiment's folder itself"),
+    ("--save_interval", COUNT, 10, "trajectories in a buffer file"),
+    ("--force_save", FLAG, False, "numbered files at every evaluation"),
+    *WANDB,
+]
+DISTILLATION = {
+    "data": DATA + AUGMENTATION,
+    "experts": _EXPERTS,
+    "stages": EXPERIMENT + _STAGES + DROP_EASY,
+    "matching": _MATCHING,
+    "evaluation in a stage": _STAGE_EVALUATION,
+    "output": _OUTPUT,
+}
 
 
 def load_data(args, device):
