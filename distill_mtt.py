@@ -18,6 +18,7 @@ import utils.run.quiet_imports  # noqa: F401 - before anything slow
 from pathlib import Path
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD
 
 import networks
@@ -52,6 +53,7 @@ def parse():
         parser.error("--compile and --bf16: expected one of them; the compiled steps are made for full precision")
     if args.zca and args.texture:
         parser.error("--zca together with --texture: whitening mixes the pixels that windows take apart; choose one")
+    mtt.check_stages(parser, args)
     if args.start_interval > args.num_intervals:
         parser.error(f"--start_interval {args.start_interval} is beyond --num_intervals {args.num_intervals}")
     return args
@@ -103,22 +105,26 @@ def learn_subset(stage, run):
     """Match trajectories for `Iteration` iterations; returns the summary of the best union, which is on disk."""
     args, experts = run.args, run.experts(stage)
     synthetic = run.union(stage - 1).extended(*run.new_subset(stage))
-    matcher = TrajectoryMatcher(run.student, experts, synthetic, run.match_config, args.seed, stage)
-    lr_lr = 1e-5 if args.dataset == "CIFAR10" and args.ipc == 1 and stage > 1 else args.lr_lr
-    # `learned` is a view of the union's images: a step of this optimiser moves them.
-    images_sgd = SGD([synthetic.learned], args.lr_img, SYN_MOMENTUM)
-    syn_lr_sgd = SGD([synthetic.syn_lr], lr_lr, SYN_MOMENTUM)
+    config = mtt.match_config(args, run.real, run.dsa, stage)
+    matcher = TrajectoryMatcher(run.student, experts, synthetic, config, args.seed, stage)
+    lr_lr = 1e-5 if args.dataset == "CIFAR10" and set(run.ipcs) == {1} and stage > 1 else args.lr_lr
+    # `learned` is a view of the union's images: a step of its optimiser moves them.
+    optimizers = {
+        "images_sgd": SGD([synthetic.learned], args.lr_img, SYN_MOMENTUM),
+        "syn_lr_sgd": SGD([synthetic.syn_lr], lr_lr, SYN_MOMENTUM),
+    }
+    shown = synthetic.copy() if args.ema else synthetic  # what is evaluated and kept: the running mean of the images
     best = {"accuracy": -1.0, "iteration": None, "models": {}}
     log = Log(run.folder(stage) / "metrics.jsonl", args.wandb, vars(args))
-    state = {"learned": synthetic.learned, "syn_lr": synthetic.syn_lr, "images_sgd": images_sgd,
-             "syn_lr_sgd": syn_lr_sgd, "best": best, "log": log}  # fmt: skip
+    state = {"learned": synthetic.learned, "syn_lr": synthetic.syn_lr, **optimizers, "best": best, "log": log}
+    state |= {"mean": shown.learned} if args.ema else {}
     path = run.folder(stage) / "checkpoint.pt"
     with Checkpoint(path, args.checkpoint_minutes, options.config_of(args), **state) as checkpoint:
         progress = Progress(args.Iteration, f"stage {stage}/{args.num_intervals}, iteration", checkpoint.iteration)
         for it in checkpoint.iterations(args.Iteration + 1):
             if it % args.eval_it == 0 or it == args.Iteration:
-                accuracies = evaluate(stage, it, synthetic, experts, matcher.loaded_experts(it), run)
-                mean, std = keep_if_best(stage, it, synthetic, accuracies, best, run)
+                accuracies = evaluate(stage, it, shown, experts, matcher.loaded_experts(it), run)
+                mean, std = keep_if_best(stage, it, shown, accuracies, best, run)
                 log.write(stage=stage, iteration=it, accuracy_mean=mean, accuracy_std=std)
                 progress.say(
                     f"stage {stage}, iteration {it}: {names.MEASURED_ON[args.select_on]} accuracy {mean:.2f} ± "
@@ -127,8 +133,9 @@ def learn_subset(stage, run):
             if it == args.Iteration:
                 break
             loss = matcher.backward(it)
-            images_sgd.step()
-            syn_lr_sgd.step()
+            step(synthetic, optimizers, args)
+            if args.ema:
+                shown.learned.lerp_(synthetic.learned, 1 - args.ema)
             check_finite(it, loss, synthetic)
             log.write(stage=stage, iteration=it, loss=float(loss), syn_lr=float(synthetic.syn_lr))
             progress.update(loss=loss, best=f"{best['accuracy']:.2f} %")
@@ -136,6 +143,20 @@ def learn_subset(stage, run):
         log.close()
     summary = {"stage": stage, **names.selection(vars(args))}
     return summary | {"best_accuracy": best["accuracy"], "best_iteration": best["iteration"], "complete": False}
+
+
+def step(synthetic, optimizers, args):
+    """Move what is learned along the gradients that `TrajectoryMatcher.backward` has left."""
+    before = synthetic.syn_lr.clone()
+    if args.syn_lr_form == "exp":
+        synthetic.syn_lr.grad *= before  # the gradient of log syn_lr
+    if args.clip_grad:
+        for value in (synthetic.learned, synthetic.syn_lr):
+            clip_grad_norm_(value, args.clip_grad)
+    for optimizer in optimizers.values():
+        optimizer.step()
+    if args.syn_lr_form == "exp":  # the step that SGD has made belongs to log syn_lr
+        synthetic.syn_lr.copy_(before * (synthetic.syn_lr - before).exp())
 
 
 def evaluate(stage, iteration, synthetic, experts, starts, run):
@@ -147,7 +168,7 @@ def evaluate(stage, iteration, synthetic, experts, starts, run):
     if not float(synthetic.syn_lr) > 0:
         raise UserError(
             f"iteration {iteration}: syn_lr became {float(synthetic.syn_lr):.3g}, expected > 0; the files of the last "
-            "good evaluation are kept; lower --lr_lr"
+            "good evaluation are kept; lower --lr_lr or take --syn_lr_form exp"
         )
 
     def accuracies_of(name):
@@ -181,7 +202,7 @@ def keep_if_best(stage, iteration, synthetic, accuracies, best, run):
 def transition(stage, run):
     """Train every expert on the best union of `stage`, then on real data: trajectories of the next stage's experts."""
     args, union, real = run.args, run.union(stage), run.real_data(stage + 1).train
-    epochs = args.start_sampling_epoch + args.max_start_epoch + args.expert_epochs + 1
+    epochs = sizes.mtt_start_epochs(vars(args), stage + 1).stop + args.expert_epochs + 1
     real_config = training.TrainConfig(epochs, args.lr_teacher, args.mom, args.l2, args.batch_train, run.dsa)
     on_union = union.dataset(), run.union_config(union.syn_lr)
     files_of = run.folder(stage), args.save_interval
@@ -199,7 +220,7 @@ class Run:
         self.experiment = Path(args.override_experiment_path or experiment)
         self.dsa = DSA(args.dsa_strategy) if args.dsa else None
         self.canvas = args.canvas_size if args.texture else 1
-        self.match_config = mtt.match_config(args, real, self.dsa)
+        self.ipcs = names.stage_ipcs(args.ipc, args.num_intervals)
         network = training.new_network(args.model, real, args.seed, "student")
         self.student = ReparamModule(network, args.compile, log0, args.bf16)
 
@@ -214,7 +235,7 @@ class Run:
         experts = self.experts(first)
         self.union(first - 1)
         self.initial_images(self.real, first)
-        options.warn_of_few_images(self.real, ipc=args.ipc * args.num_intervals)
+        options.warn_of_few_images(self.real, ipc=sum(self.ipcs))
         if args.select_on == "val" and held_out_fraction(buffers) < args.val_fraction:
             log0(
                 f"warning: {buffers}: these experts have seen images that are held out now, so accuracies in a stage "
@@ -226,7 +247,7 @@ class Run:
 
     def check_config(self):
         """Tie the experiment's folder to this run's options and data."""
-        free, defaults = options.RESUMABLE_CHANGES, options.CONFIG_DEFAULTS
+        free, defaults = options.RESUMABLE_CHANGES, mtt.CONFIG_DEFAULTS
         begun = {"defaults": defaults, "behaviour": options.BEHAVIOUR}
         content = files.check_config(self.experiment, vars(self.args), free, **begun)
         last = names.read_mtt_stage(self.folder(self.args.num_intervals))
@@ -244,7 +265,7 @@ class Run:
 
     def experts(self, stage):
         args = self.args
-        entries = args.start_sampling_epoch + args.max_start_epoch + args.expert_epochs
+        entries = sizes.mtt_start_epochs(vars(args), stage).stop + args.expert_epochs
         chosen = args.max_files, args.max_experts, args.load_all, stream(args.seed, "files", stage)
         return Experts(self.buffers(stage), self.student.shapes, entries, args.model, *chosen)
 
@@ -262,8 +283,8 @@ class Run:
 
     def initial_images(self, real, stage):
         """Return the images and labels that `stage` starts from, taken from `real`."""
-        args = self.args
-        return init_subset(real, args.ipc, args.pix_init, stream(args.seed, "subset", stage), self.canvas)
+        rng = stream(self.args.seed, "subset", stage)
+        return init_subset(real, self.ipcs[stage - 1], self.args.pix_init, rng, self.canvas)
 
     def new_subset(self, stage):
         """Return what `stage` learns, at its start: images, labels, syn_lr."""
@@ -284,7 +305,7 @@ class Run:
         """Return the best union of `stage`; an empty one of stage 0."""
         if stage == 0:
             return empty_set(self.real, self.canvas)
-        return load_mtt(self.folder(stage), "best", self.device, self.real.info, self.canvas, stage)
+        return load_mtt(self.folder(stage), "best", self.device, self.real.info, self.canvas, self.ipcs[:stage])
 
     def save(self, stage, tag, synthetic):
         """Write the union's tensors and a PNG of them."""

@@ -208,8 +208,9 @@ def _check_trajectory(path, trajectory, shapes, epochs, model):
         )
     if len(trajectory) < epochs:
         raise UserError(
-            f"{path}: expected trajectories of {epochs} entries at least (start_sampling_epoch + max_start_epoch + "
-            f"expert_epochs), found {len(trajectory)}; lower these options or record experts with more --train_epochs"
+            f"{path}: expected trajectories of {epochs} entries at least (--start_sampling_epoch + "
+            f"--max_start_epoch or the end of --start_epochs, + --expert_epochs), found {len(trajectory)}; lower these "
+            "or record experts with more --train_epochs"
         )
 
 

@@ -1,11 +1,14 @@
 """The options that name and describe a PDD+MTT experiment, shared by its scripts, and what they are turned into."""
 
+import argparse
 from pathlib import Path
 
+from .. import sizes
 from ..data import datasets, info
 from ..results import names
 from ..stages import evaluation_config
 from ..trajectory_matching import TrajectoryMatchConfig
+from . import CONFIG_DEFAULTS as _DEFAULTS
 from . import (
     COUNT,
     DROP_EASY,
@@ -19,9 +22,44 @@ from . import (
     UNUSED,
     WANDB,
     network_name,
+    number,
     strategy,
     truth,
 )
+
+
+def _numbers(text, kind, separator=","):
+    try:
+        return tuple(kind(word) for word in text.split(separator))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error} in {text!r}") from None
+
+
+def ipc(text):
+    """Parse --ipc: a whole number > 0, or several joined by commas."""
+    return _numbers(text, COUNT) if "," in text else COUNT(text)
+
+
+def factors(text):
+    """Parse --stage_lr: numbers > 0 joined by commas."""
+    return _numbers(text, POSITIVE)
+
+
+def windows(text):
+    """Parse --start_epochs: a:b for a <= epoch < b, one or several joined by commas; returns pairs (a, b)."""
+    found = [_numbers(word, NATURAL, ":") for word in text.split(",")]
+    if any(len(window) != 2 or window[0] >= window[1] for window in found):
+        raise argparse.ArgumentTypeError(f"expected windows a:b with a < b joined by commas, found {text!r}")
+    return tuple(found)
+
+
+def check_stages(parser, args):
+    """Refuse options that have one value for each stage if their number is not that of the stages."""
+    for option in ("ipc", "start_epochs", "stage_lr"):
+        value = getattr(args, option, None)
+        one_for_all = option == "start_epochs" and value and len(value) == 1
+        if isinstance(value, tuple) and len(value) != args.num_intervals and not one_for_all:
+            parser.error(f"--{option}: expected {args.num_intervals} values (--num_intervals), found {len(value)}")
 
 
 def kept_steps(text):
@@ -54,7 +92,7 @@ EXPERIMENT = [
         "ConvNet",
         "network of the distillation: ConvNet, ConvNetD1 to D8, ConvNetW32 to W1024, VGG11, ResNet18, AlexNet, …",
     ),
-    ("--ipc", COUNT, 1, "images of each class that every stage learns"),
+    ("--ipc", ipc, 1, "images of each class that every stage learns; 4,3,3: one number for each stage"),
     ("--eval_mode", tuple("SMWDAPNC"), "S", EVAL_MODE),
     ("--expert_epochs", COUNT, 3, "expert epochs from start to target"),
     ("--syn_steps", COUNT, 20, "student steps in one iteration"),
@@ -100,6 +138,19 @@ _MATCHING = [
     ("--compile", FLAG, False, "torch.compile for a ConvNet student's steps; meant for GPUs"),
     ("--bf16", FLAG, False, "the student's convolutions and products in bfloat16: no longer exact; meant for GPUs"),
 ]  # fmt: skip
+# From the methods that followed MTT; off by default.
+_SUCCESSORS = [
+    ("--start_epochs", windows, None, "windows a:b of start epochs, a <= epoch < b, one for each stage joined by "
+     "commas, or one for all, instead of --start_sampling_epoch and --max_start_epoch"),
+    ("--grow_start_epoch", NATURAL, 0, "iterations of a stage over which its window grows from its first epoch to all "
+     "(DATM)"),
+    ("--syn_lr_form", ("plain", "exp"), "plain", "learn syn_lr itself, or its logarithm, with which it stays positive; "
+     "then --lr_lr is the rate of the logarithm"),
+    ("--clip_grad", POSITIVE, None, "longest gradient of the images, and of what --syn_lr_form learns; longer ones are "
+     "scaled down (default: none is)"),
+    ("--ema", number(float, low=0.0, high=0.9999), 0.0, "keep and evaluate the running mean of the images with this "
+     "decay (FTD: 0.999)"),
+]  # fmt: skip
 _STAGE_EVALUATION = [
     ("--num_eval", COUNT, 5, "networks of each evaluation"),
     ("--eval_it", COUNT, 100, "iterations between two evaluations"),
@@ -121,9 +172,12 @@ DISTILLATION = {
     "experts": _EXPERTS,
     "stages": EXPERIMENT + _STAGES + DROP_EASY,
     "matching": _MATCHING,
+    "from the methods that followed MTT": _SUCCESSORS,
     "evaluation in a stage": _STAGE_EVALUATION,
     "output": _OUTPUT,
 }
+# Of options that folders of earlier versions do not name.
+CONFIG_DEFAULTS = _DEFAULTS | {option.lstrip("-"): default for option, _, default, *_ in _SUCCESSORS}
 
 
 def load_data(args, device):
@@ -153,14 +207,16 @@ def experiment_folder(args, root):
     return next((folder for folder in folders if folder.exists()), folders[0])
 
 
-def match_config(args, real, dsa):
-    """Return how trajectories are matched."""
+def match_config(args, real, dsa, stage=1):
+    """Return how trajectories are matched in `stage` (from 1)."""
+    start_epochs = sizes.mtt_start_epochs(vars(args), stage)
     return TrajectoryMatchConfig(
-        batch_syn=args.batch_syn or real.info.num_classes * args.ipc,
+        batch_syn=args.batch_syn or real.info.num_classes * names.stage_ipcs(args.ipc, stage)[stage - 1],
         syn_steps=args.syn_steps,
         expert_epochs=args.expert_epochs,
-        max_start_epoch=args.max_start_epoch,
-        first_start_epoch=args.start_sampling_epoch,
+        max_start_epoch=len(start_epochs),
+        first_start_epoch=start_epochs.start,
+        grow_iterations=args.grow_start_epoch,
         dsa=None if args.no_aug else dsa,
         window=real.info.im_size if args.texture else None,
         samples=args.canvas_samples,
