@@ -95,7 +95,7 @@ def main():
         return
     with locked(folder, args.shard):
         missing = distributed.on_rank0(lambda: find_missing(args, folder, real.info, size))
-        record(args, real, folder, missing)
+        record(args, real, BufferWriter(folder, args.num_experts, args.save_interval), missing)
     if args.shard:
         left = merge_shards(args, folder)
         if left != 0:
@@ -113,17 +113,15 @@ def locked(folder, shard):
     Raises:
         UserError: another process is in the way.
     """
+    own, others = files.LOCK, distributed.on_rank0(lambda: sorted((folder / PARTIAL).glob(f"{SHARD_LOCK}*")))
     if shard:
-        with files.locked(folder, timeout=files.LOCK_TIMEOUT, alone=False):
-            pass  # no whole run is at work
-        with files.locked(folder, f"{PARTIAL}/{SHARD_LOCK}{shard[0]}of{shard[1]}", alone=False):
-            yield
-    else:
-        for path in distributed.on_rank0(lambda: sorted((folder / PARTIAL).glob(f"{SHARD_LOCK}*"))):
-            with files.locked(folder, f"{PARTIAL}/{path.name}", alone=False):
-                pass  # this shard is not at work
-        with files.locked(folder):
-            yield
+        own, others = f"{PARTIAL}/{SHARD_LOCK}{shard[0]}of{shard[1]}", [folder / files.LOCK]
+    for path in others:
+        timeout = files.LOCK_TIMEOUT if shard else None
+        with files.locked(folder, path.relative_to(folder), timeout, alone=False):
+            pass  # nobody else is at work there
+    with files.locked(folder, own, alone=not shard):
+        yield
 
 
 def made_elsewhere(folder, wanted):
@@ -166,37 +164,29 @@ def find_missing(args, folder, info, size):
     return missing
 
 
-def record(args, real, folder, missing):
+def record(args, real, writer, missing):
     """Train the `missing` experts, each from its own random stream, spread over the ranks."""
     dsa = DSA(args.dsa_strategy) if args.dsa else DCAugment()
     milestones = ((args.train_epochs // 2 + 1, 0.1),) if args.decay else ()
     config = training.TrainConfig(
         args.train_epochs, args.lr_teacher, args.mom, args.l2, args.batch_train, dsa, milestones
     )
-    writer = BufferWriter(folder, args.num_experts, args.save_interval)
     alone = distributed.size() == 1 and not args.shard
     for expert in distributed.share(missing):
         network = training.new_network(args.model, real, args.seed, "expert", expert)
         masks = None
         if args.use_random_pruning:
             masks = training.random_masks(network, args.sparse_ratio, stream(args.seed, "pruning", expert))
-        states = writer.states(expert)
-        progress = Progress(args.train_epochs, f"expert {expert + 1}/{args.num_experts}, epoch", states.count())
-        trajectory = record_trajectory(
-            network,
-            real.train,
-            config,
-            args.seed,
-            ("expert", expert, "train"),
-            masks,
-            states,
-            lambda _epoch, loss, progress=progress: progress.update(loss=loss),
-        )
+        folder, keys = writer.epochs(expert), ("expert", expert, "train")
+        label, done = f"expert {expert + 1}/{args.num_experts}", len(list(folder.glob("epoch_*.pt")))
+        progress = Progress(args.train_epochs, f"{label}, epoch", done)
+        after = lambda _epoch, loss, progress=progress: progress.update(loss=loss)  # noqa: E731
+        trajectory = record_trajectory(network, real.train, config, args.seed, keys, masks, folder, after)
         if not all(bool(tensor.isfinite().all()) for tensor in trajectory[-1]):
             raise UserError(f"expert {expert} became NaN or infinite and was not saved; lower --lr_teacher")
         writer.add(expert, trajectory, alone)
         test = training.accuracy(network, real.test)
-        progress.say(f"expert {expert + 1}/{args.num_experts}: test accuracy {test:.2f} %")
+        progress.say(f"{label}: test accuracy {test:.2f} %")
         progress.close()
     distributed.barrier()
     if not args.shard:

@@ -18,13 +18,14 @@ import utils.run.quiet_imports  # noqa: F401 - before anything slow
 from pathlib import Path
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD
 
 import networks
 from networks.reparam import ReparamModule, set_flat
 from utils import forgetting, options, sizes, stages, training
 from utils.augment import DSA
-from utils.options import COUNT, FLAG, NATURAL, RATE, Parser, mtt
+from utils.options import Parser, mtt
 from utils.results import known, names, report
 from utils.results.provenance import DATA, check_data, check_result
 from utils.run import distributed, files
@@ -41,65 +42,18 @@ from utils.trajectory_matching import TrajectoryMatcher, check_finite
 SYN_MOMENTUM = 0.5  # of both optimisers, images and syn_lr (MTT)
 OOM_ADVICE = "--kept_steps 0, --slice_size, --batch_syn, --batch_train, --num_eval or a narrower --model"
 
-EXPERTS = [
-    ("--buffer_path", str, "./buffers", "buffers of the experts: their root or their folder"),
-    ("--max_files", COUNT, None, "use this many buffer files, chosen at random (default: all)"),
-    ("--max_experts", COUNT, None, "use this many experts of each file (default: all)"),
-    ("--num_experts", COUNT, 100, f"{options.UNUSED}: all experts of the folder are matched"),
-    ("--load_all", FLAG, False, "keep all buffer files in memory and draw experts with replacement"),
-]
-STAGES = [
-    ("--num_intervals", COUNT, 1, "stages P"),
-    ("--start_interval", COUNT, 1, "begin at this stage (from 1)"),
-    ("--pix_init", ("real", "noise"), "real", "what new images start from"),
-]
-MATCHING = [
-    ("--Iteration", COUNT, 5000, "matching iterations of each stage"),
-    ("--start_sampling_epoch", NATURAL, 0, "first start epoch"),
-    ("--no_aug", options.truth, False, "no DSA while matching", {"nargs": "?", "const": True}),
-    ("--lr_init", options.POSITIVE, 0.01, options.UNUSED),
-    ("--mom", RATE, 0.0, "momentum of SGD in a transition's real epochs"),
-    ("--l2", RATE, 0.0, "weight decay of SGD in a transition's real epochs"),
-    ("--kept_steps", mtt.kept_steps, "auto", "student steps whose graph is kept: auto (as many as fit half of the "
-     "free memory) or a number; 0 needs the least memory"),
-    ("--trajectories_per_iteration", COUNT, 1, "experts whose gradients are averaged in one iteration; 1 as published, "
-     "more is another setting that sees as many times the experts"),
-    ("--slice_size", COUNT, None, "images of a minibatch held at once (default: all)"),
-    ("--compile", FLAG, False, "torch.compile for a ConvNet student's steps; meant for GPUs"),
-    ("--bf16", FLAG, False, "the student's convolutions and products in bfloat16: no longer exact; meant for GPUs"),
-]  # fmt: skip
-STAGE_EVALUATION = [
-    ("--num_eval", COUNT, 5, "networks of each evaluation"),
-    ("--eval_it", COUNT, 100, "iterations between two evaluations"),
-    ("--epoch_eval_train", COUNT, 1000, options.UNUSED),
-    ("--override_epoch_eval_train", COUNT, 1000, "epochs on a union, of these networks and of every expert in a "
-     "transition"),
-    *options.SELECT_ON,
-]  # fmt: skip
-OUTPUT = [
-    ("--root_log_dir", str, "logged_files", "root folder of the results"),
-    ("--save_dir", str, None, "folder for the experiment's folder (default: root_log_dir/dataset)"),
-    ("--override_experiment_path", str, None, "the experiment's folder itself"),
-    ("--save_interval", COUNT, 10, "trajectories in a buffer file"),
-    ("--force_save", FLAG, False, "numbered files at every evaluation"),
-    *options.WANDB,
-]
-
 
 def parse():
     parser = Parser(__doc__)
-    parser.add_options("data", mtt.DATA + mtt.AUGMENTATION)
-    parser.add_options("experts", EXPERTS)
-    parser.add_options("stages", mtt.EXPERIMENT + STAGES + options.DROP_EASY)
-    parser.add_options("matching", MATCHING)
-    parser.add_options("evaluation in a stage", STAGE_EVALUATION)
-    parser.add_options("output", OUTPUT)
+    for title, rows in mtt.DISTILLATION.items():
+        parser.add_options(title, rows)
     parser.add_options("machine", options.MACHINE + options.SEED)
     args = parser.parse_args()
     if args.bf16 and args.compile:
         parser.error("--compile and --bf16: expected one of them; the compiled steps are made for full precision")
     if args.zca and args.texture:
         parser.error("--zca together with --texture: whitening mixes the pixels that windows take apart; choose one")
+    mtt.check_stages(parser, args)
     if args.start_interval > args.num_intervals:
         parser.error(f"--start_interval {args.start_interval} is beyond --num_intervals {args.num_intervals}")
     return args
@@ -112,14 +66,14 @@ def main():
     for name in {args.model, *networks.eval_pool(args.eval_mode, args.model)}:
         options.check_network(name, real)
     run = Run(args, real)
-    size = run.check()
+    size = run.check_inputs()
     if args.dry_run:
         inputs = {"data": args.data_path, "experts": run.buffers(args.start_interval)}
         print0(options.dry_run(args, inputs, run.experiment, size))
         return
     files.need_disk(run.experiment, size.disk, "the buffers of the transitions")
     with files.locked(run.experiment):
-        distributed.on_rank0(run.claim)
+        distributed.on_rank0(run.check_config)
         for stage in range(args.start_interval, args.num_intervals + 1):
             distil_stage(stage, run)
     print0(f"{run.experiment}: done, {args.num_intervals} stages")
@@ -130,66 +84,79 @@ def distil_stage(stage, run):
     summary = names.read_mtt_stage(run.folder(stage))
     if not summary:
         summary = learn_subset(stage, run)
-        run.write_summary(stage, summary)
-    run.forget_loop(stage)
+        run.save_summary(stage, summary)
+    run.remove_checkpoint(stage)
     done = "done already" if summary["complete"] else "best"
     log0(f"stage {stage}: {done}, {summary['best_accuracy']:.2f} % at iteration {summary['best_iteration']}")
     if summary["complete"]:
         run.union(stage)  # its files must still be there
-    else:
-        if stage < run.args.num_intervals:
-            transition(stage, run)
-        run.write_summary(stage, summary | {"complete": True})
+        return
+    if summary["best_iteration"] == 0:
+        log0(
+            f"warning: stage {stage}: matching made the images no better than their initialisation, which is kept; "
+            "change --lr_img or raise --Iteration"
+        )
+    if stage < run.args.num_intervals:
+        transition(stage, run)
+    run.save_summary(stage, summary | {"complete": True})
 
 
 def learn_subset(stage, run):
     """Match trajectories for `Iteration` iterations; returns the summary of the best union, which is on disk."""
     args, experts = run.args, run.experts(stage)
-    subset = init_subset(run.real_of(stage), args.ipc, args.pix_init, stream(args.seed, "subset", stage), run.canvas)
-    synthetic = run.union(stage - 1).extended(*subset, syn_lr=torch.tensor(args.lr_teacher, device=run.device))
-    config = mtt.match_config(args, run.real, run.dsa)
+    synthetic = run.union(stage - 1).extended(*run.new_subset(stage))
+    config = mtt.match_config(args, run.real, run.dsa, stage)
     matcher = TrajectoryMatcher(run.student, experts, synthetic, config, args.seed, stage)
-    lr_lr = 1e-5 if args.dataset == "CIFAR10" and args.ipc == 1 and stage > 1 else args.lr_lr
-    # `learned` is a view of the union's images: a step of this optimiser moves them.
-    images_sgd = SGD([synthetic.learned], args.lr_img, SYN_MOMENTUM)
-    syn_lr_sgd = SGD([synthetic.syn_lr], lr_lr, SYN_MOMENTUM)
+    lr_lr = 1e-5 if args.dataset == "CIFAR10" and set(run.ipcs) == {1} and stage > 1 else args.lr_lr
+    # `learned` is a view of the union's images: a step of its optimiser moves them.
+    optimizers = {
+        "images_sgd": SGD([synthetic.learned], args.lr_img, SYN_MOMENTUM),
+        "syn_lr_sgd": SGD([synthetic.syn_lr], lr_lr, SYN_MOMENTUM),
+    }
+    shown = synthetic.copy() if args.ema else synthetic  # what is evaluated and kept: the running mean of the images
     best = {"accuracy": -1.0, "iteration": None, "models": {}}
     log = Log(run.folder(stage) / "metrics.jsonl", args.wandb, vars(args))
-    state = {"learned": synthetic.learned, "syn_lr": synthetic.syn_lr, "images_sgd": images_sgd,
-             "syn_lr_sgd": syn_lr_sgd, "best": best, "log": log}  # fmt: skip
+    state = {"learned": synthetic.learned, "syn_lr": synthetic.syn_lr, **optimizers, "best": best, "log": log}
+    state |= {"mean": shown.learned} if args.ema else {}
     path = run.folder(stage) / "checkpoint.pt"
     with Checkpoint(path, args.checkpoint_minutes, options.config_of(args), **state) as checkpoint:
         progress = Progress(args.Iteration, f"stage {stage}/{args.num_intervals}, iteration", checkpoint.iteration)
         for it in checkpoint.iterations(args.Iteration + 1):
             if it % args.eval_it == 0 or it == args.Iteration:
-                accuracies = evaluate(stage, it, synthetic, experts, matcher.loaded_experts(it), run)
-                accuracy, std = report.mean_std([value for values in accuracies.values() for value in values])
-                log.write(stage=stage, iteration=it, accuracy_mean=accuracy, accuracy_std=std)
+                accuracies = evaluate(stage, it, shown, experts, matcher.loaded_experts(it), run)
+                mean, std = keep_if_best(stage, it, shown, accuracies, best, run)
+                log.write(stage=stage, iteration=it, accuracy_mean=mean, accuracy_std=std)
                 progress.say(
-                    f"stage {stage}, iteration {it}: {names.MEASURED_ON[args.select_on]} accuracy {accuracy:.2f} ± "
+                    f"stage {stage}, iteration {it}: {names.MEASURED_ON[args.select_on]} accuracy {mean:.2f} ± "
                     f"{std:.2f} %, syn_lr {float(synthetic.syn_lr):.5f}"
                 )
-                # A new best of any architecture counts, as published.
-                means = {name: report.mean_std(values)[0] for name, values in accuracies.items()}
-                is_best = any(mean > best["models"].get(name, -1.0) for name, mean in means.items())
-                if is_best:
-                    best["models"] = {name: max(mean, best["models"].get(name, -1.0)) for name, mean in means.items()}
-                    best |= {"accuracy": accuracy, "iteration": it}
-                    run.save(stage, "best", synthetic)
-                if is_best or it % 1000 == 0 or args.force_save:
-                    run.save(stage, it, synthetic)
             if it == args.Iteration:
                 break
             loss = matcher.backward(it)
-            images_sgd.step()
-            syn_lr_sgd.step()
+            step(synthetic, optimizers, args)
+            if args.ema:
+                shown.learned.lerp_(synthetic.learned, 1 - args.ema)
             check_finite(it, loss, synthetic)
             log.write(stage=stage, iteration=it, loss=float(loss), syn_lr=float(synthetic.syn_lr))
-            progress.update(loss=loss, accuracy=best["accuracy"])
+            progress.update(loss=loss, best=f"{best['accuracy']:.2f} %")
         progress.close()
         log.close()
     summary = {"stage": stage, **names.selection(vars(args))}
     return summary | {"best_accuracy": best["accuracy"], "best_iteration": best["iteration"], "complete": False}
+
+
+def step(synthetic, optimizers, args):
+    """Move what is learned along the gradients that `TrajectoryMatcher.backward` has left."""
+    before = synthetic.syn_lr.clone()
+    if args.syn_lr_form == "exp":
+        synthetic.syn_lr.grad *= before  # the gradient of log syn_lr
+    if args.clip_grad:
+        for value in (synthetic.learned, synthetic.syn_lr):
+            clip_grad_norm_(value, args.clip_grad)
+    for optimizer in optimizers.values():
+        optimizer.step()
+    if args.syn_lr_form == "exp":  # the step that SGD has made belongs to log syn_lr
+        synthetic.syn_lr.copy_(before * (synthetic.syn_lr - before).exp())
 
 
 def evaluate(stage, iteration, synthetic, experts, starts, run):
@@ -201,50 +168,45 @@ def evaluate(stage, iteration, synthetic, experts, starts, run):
     if not float(synthetic.syn_lr) > 0:
         raise UserError(
             f"iteration {iteration}: syn_lr became {float(synthetic.syn_lr):.3g}, expected > 0; the files of the last "
-            "good evaluation are kept; lower --lr_lr"
+            "good evaluation are kept; lower --lr_lr or take --syn_lr_form exp"
         )
-    accuracies = {}
-    for name in networks.eval_pool(args.eval_mode, args.model):
-        keys = ("evaluation", stage, iteration, name)
 
-        def network(k, name=name, keys=keys):
+    def accuracies_of(name):
+        keys, config = ("evaluation", stage, iteration, name), run.union_config(synthetic.syn_lr)
+
+        def network(k):
             if name == args.model:
                 return run.network_at(experts.parameters(starts[k % len(starts)], 0))
             return training.new_network(name, run.real, args.seed, *keys, k)
 
-        accuracies[name] = stages.train_and_test(
-            network,
-            args.num_eval,
-            synthetic.dataset(),
-            run.union_config(synthetic.syn_lr),
-            run.real.selection,
-            args.seed,
-            keys,
-            run.folder(stage),
-        )
-    return accuracies
+        images, test = synthetic.dataset(), run.real.selection
+        return stages.train_and_test(network, args.num_eval, images, config, test, args.seed, keys, run.folder(stage))
+
+    return {name: accuracies_of(name) for name in networks.eval_pool(args.eval_mode, args.model)}
+
+
+def keep_if_best(stage, iteration, synthetic, accuracies, best, run):
+    """Save the union if the mean of any architecture is a new best, as published; returns mean and std over all."""
+    mean, std = report.mean_std([value for values in accuracies.values() for value in values])
+    means = {name: report.mean_std(values)[0] for name, values in accuracies.items()}
+    is_best = any(value > best["models"].get(name, -1.0) for name, value in means.items())
+    if is_best:
+        best["models"] = {name: max(value, best["models"].get(name, -1.0)) for name, value in means.items()}
+        best |= {"accuracy": mean, "iteration": iteration}
+        run.save(stage, "best", synthetic)
+    if is_best or iteration % 1000 == 0 or run.args.force_save:
+        run.save(stage, iteration, synthetic)
+    return mean, std
 
 
 def transition(stage, run):
     """Train every expert on the best union of `stage`, then on real data: trajectories of the next stage's experts."""
-    args, experts, union = run.args, run.experts(stage), run.union(stage)
-    epochs = args.start_sampling_epoch + args.max_start_epoch + args.expert_epochs + 1
+    args, union, real = run.args, run.union(stage), run.real_data(stage + 1).train
+    epochs = sizes.mtt_start_epochs(vars(args), stage + 1).stop + args.expert_epochs + 1
     real_config = training.TrainConfig(epochs, args.lr_teacher, args.mom, args.l2, args.batch_train, run.dsa)
-    progress = Progress(len(distributed.share(range(len(experts)))), f"stage {stage}, transition, expert")
-    stages.transition(
-        run.network_at,
-        experts,
-        union.dataset(),
-        run.union_config(union.syn_lr),
-        run.real_of(stage + 1).train,
-        real_config,
-        run.folder(stage),
-        args.save_interval,
-        args.seed,
-        stage,
-        progress.update,
-    )
-    progress.close()
+    on_union = union.dataset(), run.union_config(union.syn_lr)
+    files_of = run.folder(stage), args.save_interval
+    stages.transition(run.network_at, run.experts(stage), *on_union, real, real_config, *files_of, args.seed, stage)
 
 
 class Run:
@@ -258,10 +220,11 @@ class Run:
         self.experiment = Path(args.override_experiment_path or experiment)
         self.dsa = DSA(args.dsa_strategy) if args.dsa else None
         self.canvas = args.canvas_size if args.texture else 1
+        self.ipcs = names.stage_ipcs(args.ipc, args.num_intervals)
         network = training.new_network(args.model, real, args.seed, "student")
         self.student = ReparamModule(network, args.compile, log0, args.bf16)
 
-    def check(self):
+    def check_inputs(self):
         """Refuse what cannot work before anything is written; returns the run's size."""
         args, first = self.args, self.args.start_interval
         buffers = self.buffers(first)
@@ -271,8 +234,8 @@ class Run:
             check_result(self.experiment, self.real.info)
         experts = self.experts(first)
         self.union(first - 1)
-        init_subset(self.real, args.ipc, args.pix_init, stream(args.seed, "subset", first), self.canvas)
-        options.warn_of_few_images(self.real, ipc=args.ipc * args.num_intervals)
+        self.initial_images(self.real, first)
+        options.warn_of_few_images(self.real, ipc=sum(self.ipcs))
         if args.select_on == "val" and held_out_fraction(buffers) < args.val_fraction:
             log0(
                 f"warning: {buffers}: these experts have seen images that are held out now, so accuracies in a stage "
@@ -282,9 +245,9 @@ class Run:
             log0(f"note: {args.model} has batch statistics: its minibatches are not split over the ranks")
         return sizes.mtt_distillation(vars(args), self.real.info, len(self.real.train), len(experts))
 
-    def claim(self):
+    def check_config(self):
         """Tie the experiment's folder to this run's options and data."""
-        free, defaults = options.RESUMABLE_CHANGES, options.CONFIG_DEFAULTS
+        free, defaults = options.RESUMABLE_CHANGES, mtt.CONFIG_DEFAULTS
         begun = {"defaults": defaults, "behaviour": options.BEHAVIOUR}
         content = files.check_config(self.experiment, vars(self.args), free, **begun)
         last = names.read_mtt_stage(self.folder(self.args.num_intervals))
@@ -302,26 +265,31 @@ class Run:
 
     def experts(self, stage):
         args = self.args
-        entries = args.start_sampling_epoch + args.max_start_epoch + args.expert_epochs
+        entries = sizes.mtt_start_epochs(vars(args), stage).stop + args.expert_epochs
         chosen = args.max_files, args.max_experts, args.load_all, stream(args.seed, "files", stage)
         return Experts(self.buffers(stage), self.student.shapes, entries, args.model, *chosen)
 
-    def real_of(self, stage):
+    def real_data(self, stage):
         """Return the real data of `stage`: all, or with --drop_easy the images that are harder to learn."""
         args = self.args
         fraction = forgetting.dropped_fraction(args.drop_easy, stage, args.num_intervals)
         if not fraction:
             return self.real
         experts, network = self.experts(1), training.new_network(args.model, self.real, args.seed, "student")
-        ends = [experts.parameters(k, experts.entries - 1) for k in range(min(len(experts), forgetting.NETWORKS))]
-        key = [self.real.info.fingerprint, ends, experts.entries, options.held_out_fraction(args)]
-
-        def compute():
-            return forgetting.expert_scores(network, experts, experts.entries - 1, self.real.train)
-
-        path, count = self.buffers(1) / forgetting.FILE, len(self.real.train)
-        scores = distributed.on_rank0(lambda: forgetting.cached(path, key, count, compute))
+        path = self.buffers(1) / forgetting.FILE
+        data = self.real.train, self.real.info.fingerprint, options.held_out_fraction(args)
+        scores = distributed.on_rank0(lambda: forgetting.cached_expert_scores(path, network, experts, *data))
         return forgetting.without_easy(self.real, scores, fraction)
+
+    def initial_images(self, real, stage):
+        """Return the images and labels that `stage` starts from, taken from `real`."""
+        rng = stream(self.args.seed, "subset", stage)
+        return init_subset(real, self.ipcs[stage - 1], self.args.pix_init, rng, self.canvas)
+
+    def new_subset(self, stage):
+        """Return what `stage` learns, at its start: images, labels, syn_lr."""
+        syn_lr = torch.tensor(self.args.lr_teacher, device=self.device)
+        return *self.initial_images(self.real_data(stage), stage), syn_lr
 
     def network_at(self, vector):
         """Return a network of the distillation's architecture with flat parameters `vector`."""
@@ -337,10 +305,10 @@ class Run:
         """Return the best union of `stage`; an empty one of stage 0."""
         if stage == 0:
             return empty_set(self.real, self.canvas)
-        return load_mtt(self.folder(stage), "best", self.device, self.real.info, self.canvas, stage)
+        return load_mtt(self.folder(stage), "best", self.device, self.real.info, self.canvas, self.ipcs[:stage])
 
     def save(self, stage, tag, synthetic):
-        """Write the union's tensors and its picture."""
+        """Write the union's tensors and a PNG of them."""
         if not distributed.is_rank0():
             return
         folder, pixels = self.folder(stage), self.real.info.to_pixels(synthetic.images)
@@ -349,12 +317,11 @@ class Run:
             files.save(folder / f"images_zca_{tag}.pt", pixels.cpu())
         report.save_grid(folder / f"images_{tag}.png", pixels, synthetic.labels)
 
-    def write_summary(self, stage, summary):
+    def save_summary(self, stage, summary):
         """Write what is known of a stage, whose files are all there for every rank."""
         distributed.on_rank0(lambda: files.write_json(self.folder(stage) / names.STAGE_FILE, summary))
 
-    def forget_loop(self, stage):
-        """Remove the state of a stage's loop."""
+    def remove_checkpoint(self, stage):
         if distributed.is_rank0():
             (self.folder(stage) / "checkpoint.pt").unlink(missing_ok=True)
         forget_finished(self.folder(stage), "evaluation")

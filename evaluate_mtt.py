@@ -45,6 +45,7 @@ EVALUATION = [
     ("--epoch_eval_train", COUNT, 1000, "epochs on every union"),
     ("--dsa_strategy", options.strategy, options.DSA_STRATEGY, "augmentation; none for none"),
     ("--buffer_path", str, "buffers", "experts whose first parameters the networks start from"),
+    ("--stage_lr", mtt.factors, None, "factors on syn_lr of each stage, joined by commas (SeqMatch; default: 1)"),
     ("--mom", RATE, 0.0, UNUSED),
     ("--l2", RATE, 0.0, UNUSED),
     ("--save_interval", COUNT, 10, UNUSED),
@@ -59,7 +60,9 @@ def parse():
     parser.add_options("experiment", mtt.EXPERIMENT + STAGES)
     parser.add_options("evaluation", options.EVALUATION + EVALUATION)
     parser.add_options("machine", options.MACHINE + options.SEED)
-    return parser.parse_args()
+    args = parser.parse_args()
+    mtt.check_stages(parser, args)
+    return args
 
 
 def main():
@@ -138,11 +141,15 @@ def eval_model(name, args, real, unions, starts, experiment):
         if args.save_model:
             files.save(experiment / f"{args.save_model_prefix}_{name}_{k}.pt", training.snapshot(network))
 
+    def union_config(index):
+        lr = unions[index].syn_lr * (args.stage_lr[index] if args.stage_lr else 1)
+        return mtt.union_config(args, real, args.epoch_eval_train, lr, dsa)
+
     return EvalModel(
         name=name,
         count=args.num_experts if name == args.model else args.num_eval,
         network=network,
-        config=lambda index: mtt.union_config(args, real, args.epoch_eval_train, unions[index].syn_lr, dsa),
+        config=union_config,
         random_config=lambda _index: real_config(args.epoch_eval_train),
         full_config=dataclasses.replace(real_config(args.full_epochs), epochs=args.full_epochs),
         save=save,

@@ -74,6 +74,20 @@ def expert_scores(network, experts, epochs, images):
     return total / count
 
 
+def cached_expert_scores(path, network, experts, images, fingerprint, held_out):
+    """Return `expert_scores` over whole trajectories, kept in the file `path` for the same experts and images.
+
+    Args:
+        fingerprint: of the data set that `images` are from.
+        held_out: fraction of its training images that they lack.
+        Others as for `expert_scores`.
+    """
+    last = experts.entries - 1
+    ends = [experts.parameters(k, last) for k in range(min(len(experts), NETWORKS))]
+    compute = lambda: expert_scores(network, experts, last, images)  # noqa: E731
+    return cached(path, [fingerprint, ends, experts.entries, held_out], len(images), compute)
+
+
 def training_scores(new_network, config, images, seed):
     """Return the mean hardness (N,) of training images over `NETWORKS` networks that are trained for it.
 

@@ -15,6 +15,7 @@ from networks.reparam import ReparamModule
 
 from . import gradient_matching, multi_formation
 from . import trajectory_matching as matching
+from .results.names import stage_ipcs
 
 TEST_IMAGES = 10_000  # of every data set of the paper
 TEST_BATCH = 1024  # of training.accuracy
@@ -51,11 +52,12 @@ def mtt_distillation(config, info, train_images, num_experts):
         num_experts: experts in the buffers.
     """
     network, stages = _network(config, info, config["model"]), config["num_intervals"]
-    epochs = config["start_sampling_epoch"] + config["max_start_epoch"] + config["expert_epochs"] + 1
-    entries = (epochs + 1) * (stages - config["start_interval"])
+    later = range(config["start_interval"] + 1, stages + 1)
+    entries = sum(mtt_start_epochs(config, stage).stop + config["expert_epochs"] + 2 for stage in later)
 
     def memory():
-        subset, union = info.num_classes * config["ipc"], info.num_classes * config["ipc"] * stages
+        ipcs = stage_ipcs(config["ipc"], stages)
+        subset, union = info.num_classes * max(ipcs), info.num_classes * sum(ipcs)
         with torch.device("meta"):
             step = matching.Step(torch.arange(min(config["batch_syn"] or subset, union)), lambda images: images)
             student = ReparamModule(network)
@@ -71,6 +73,13 @@ def mtt_distillation(config, info, train_images, num_experts):
         _bytes(network) * entries * num_experts,
         memory,
     )
+
+
+def mtt_start_epochs(config, stage):
+    """Return the range of epochs at which the students of `stage` (from 1) of distill_mtt.py may start."""
+    if windows := config["start_epochs"]:
+        return range(*windows[stage - 1 if len(windows) > 1 else 0])
+    return range(config["start_sampling_epoch"], config["start_sampling_epoch"] + config["max_start_epoch"])
 
 
 def mtt_evaluation(config, info, train_images, pool):

@@ -1,11 +1,14 @@
 """What stages need of networks: the transition between two of them, and training on the unions in their order."""
 
+import itertools
+
 import numpy as np
 import torch
 
 from . import training
 from .run import distributed
 from .run.checkpoint import finish_each
+from .run.log import Progress
 from .run.streams import stream
 from .trajectories import BufferWriter, record_trajectory
 
@@ -43,13 +46,11 @@ def train_and_test(make_network, count, images, config, test, seed, keys, folder
     hands = distributed.deal(range(count)) if images.labels.is_cuda else [(k,) for k in range(count)]
     key = [seed, list(keys), images.images, config.lr, config.epochs]
     found = finish_each(folder, "evaluation", key, hands, train)
-    accuracies = {
-        k: value for hand, values in zip(hands, found, strict=True) for k, value in zip(hand, values, strict=True)
-    }
+    accuracies = dict(zip(itertools.chain(*hands), itertools.chain(*found), strict=True))
     return [accuracies[k] for k in range(count)]
 
 
-def transition(make_network, experts, union, config, real, real_config, folder, group, seed, stage, after_expert):
+def transition(make_network, experts, union, config, real, real_config, folder, group, seed, stage):
     """Between two stages: every expert network is trained on the union, then on real data into new trajectories.
 
     Args:
@@ -62,16 +63,18 @@ def transition(make_network, experts, union, config, real, real_config, folder, 
         folder: of the stage that ends; receives the replay buffers of the next stage.
         group: trajectories of one replay buffer.
         seed, stage: of the random streams.
-        after_expert: called without arguments after each.
     """
     writer = BufferWriter(folder, len(experts), group)
     distributed.on_rank0(writer.merge)
-    for k in distributed.share(distributed.on_rank0(writer.missing)):
+    mine = distributed.share(distributed.on_rank0(writer.missing))
+    progress = Progress(len(mine), f"stage {stage}, transition, expert")
+    for k in mine:
         network = make_network(experts.parameters(k, 0))
         training.train(network, union, config, seed, ("transition", stage, k))
         trajectory = record_trajectory(network, real, real_config, seed, ("trajectory", stage, k))
         writer.add(k, trajectory, alone=distributed.size() == 1)
-        after_expert()
+        progress.update()
+    progress.close()
     distributed.barrier()
     distributed.on_rank0(writer.merge)
 

@@ -51,6 +51,10 @@ class SyntheticSet:
         counts = [*self.counts, len(labels)] if len(self) else [len(labels)]
         return SyntheticSet(torch.cat([self.images, subset]), torch.cat([self.labels, labels]), syn_lr, counts)
 
+    def copy(self):
+        """Return a set with images of its own; all else is shared."""
+        return SyntheticSet(self.images.clone(), self.labels, self.syn_lr, self.counts)
+
     def union(self, stages):
         """Return the union of the first `stages` stages."""
         end = sum(self.counts[:stages])
@@ -156,7 +160,7 @@ def save_mtt(folder, tag, synthetic):
         files.save(Path(folder) / f"{part}_{tag}.pt", getattr(synthetic, part).detach().cpu())
 
 
-def load_mtt(folder, tag="best", device="cpu", info=None, canvas=1, stages=1):
+def load_mtt(folder, tag="best", device="cpu", info=None, canvas=1, shares=(1,)):
     """Read the union of one stage from `folder`.
 
     Args:
@@ -165,7 +169,7 @@ def load_mtt(folder, tag="best", device="cpu", info=None, canvas=1, stages=1):
         device: for its tensors.
         info: `DatasetInfo` that it must fit; None for any.
         canvas: images on each side of a canvas.
-        stages: whose subsets, of equal size, are in it.
+        shares: images of each class in the subset of each stage, or numbers in proportion to them.
 
     Returns:
         `SyntheticSet`.
@@ -191,9 +195,10 @@ def load_mtt(folder, tag="best", device="cpu", info=None, canvas=1, stages=1):
                 f"{paths['labels']}: expected labels below {info.num_classes} for {info.name}, found {largest}; name "
                 "the right --dataset"
             )
-    if len(labels) % stages:
-        raise UserError(f"{paths['images']}: expected {stages} stages of equal size, found {len(labels)} images")
-    counts = [len(labels) // stages] * stages
+    if len(labels) % sum(shares):
+        shape = f"in proportion {shares}" if len(set(shares)) > 1 else "of equal size"
+        raise UserError(f"{paths['images']}: expected {len(shares)} stages {shape}, found {len(labels)} images")
+    counts = [len(labels) // sum(shares) * share for share in shares]
     return SyntheticSet(images.float().to(device), labels.long().to(device), syn_lr.float().to(device), counts)
 
 

@@ -8,7 +8,6 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from networks.reparam import flatten
@@ -29,23 +28,25 @@ def buffer_folder(buffer_path, subdir, model, zca):
     return Path(buffer_path) / subdir / model
 
 
-def find_buffers(buffer_path, *layout):
+def find_buffers(buffer_path, subdir, model, zca):
     """Return the folder that holds the replay buffers.
 
     Args:
         buffer_path: the root of the layout, or a folder that holds replay_buffer_0.pt itself.
-        layout: the other arguments of `buffer_folder`.
+        subdir, model, zca: as for `buffer_folder`.
 
     Raises:
         UserError: neither holds any.
     """
-    given, nested = Path(buffer_path), buffer_folder(buffer_path, *layout)
+    given, nested = Path(buffer_path), buffer_folder(buffer_path, subdir, model, zca)
     for folder in (given, nested):
         if buffer_files(folder):
             return folder
+    sized = sorted(nested.parent.parent.glob(f"*/{model}")) if "/" in subdir else []  # …/{res}/{model}
+    others = ", ".join(folder.parent.name for folder in sized if buffer_files(folder))
     raise UserError(
-        f"{nested}: expected replay_buffer_0.pt and so on, found none; record experts with buffer_mtt.py, or name "
-        "their folder with --buffer_path"
+        f"{nested}: expected replay_buffer_0.pt and so on, found none{others and f' (but for --res {others})'}; record "
+        "experts with buffer_mtt.py, or name their folder with --buffer_path"
     )
 
 
@@ -133,39 +134,18 @@ class Experts:
             self.paths = [self.paths[number] for number in sorted(rng.permutation(len(self.paths))[:max_files])]
         if not self.paths:
             raise UserError(f"{folder}: expected replay_buffer_0.pt and so on, found none; record experts first")
-        self.load_all = load_all
-        self.loaded = {}
-        self.counts, self.entries = [], None  # of the shortest trajectory
+        self.load_all, self.loaded = load_all, {}
+        self.files, self.entries = [], None  # numbers of each file's experts; length of the shortest trajectory
         for number, path in enumerate(self.paths):
             trajectories = self._load(number)
             for trajectory in trajectories:
-                for entry in trajectory:
-                    self._check_shapes(path, [tuple(t.shape) for t in entry], [tuple(s) for s in shapes], model)
+                _check_trajectory(path, trajectory, [tuple(shape) for shape in shapes], epochs, model)
                 self.entries = min(len(trajectory), self.entries or len(trajectory))
-                if len(trajectory) < epochs:
-                    raise UserError(
-                        f"{path}: expected trajectories of {epochs} entries at least (start_sampling_epoch + "
-                        f"max_start_epoch + expert_epochs), found {len(trajectory)}; lower these options or record "
-                        "experts with more --train_epochs"
-                    )
-            self.counts.append(min(len(trajectories), max_experts or len(trajectories)))
-
-    @staticmethod
-    def _check_shapes(path, found, expected, model):
-        if found == expected:
-            return
-        if len(found) != len(expected):
-            difference = f"{len(expected)} parameter tensors, found {len(found)}"
-        else:
-            at = next(i for i in range(len(found)) if found[i] != expected[i])
-            difference = f"parameter {at} of shape {expected[at]}, found {found[at]}"
-        raise UserError(
-            f"{path}: these experts are not of {model} for these images (expected {difference}); their --model, image "
-            "size (--res) or number of classes is another: choose theirs, or other buffers"
-        )
+            first = len(self)
+            self.files.append(range(first, first + len(trajectories[:max_experts])))
 
     def __len__(self):
-        return sum(self.counts)
+        return self.files[-1].stop if self.files else 0
 
     def _load(self, number):
         if number not in self.loaded:
@@ -174,23 +154,32 @@ class Experts:
             self.loaded[number] = load_buffer(self.paths[number], mmap=not self.load_all)
         return self.loaded[number]
 
+    def _file_of(self, expert):
+        return next(number for number, experts in enumerate(self.files) if expert in experts)
+
     def parameters(self, expert, epoch):
         """Return the flat parameters (numel,) of expert number `expert` after `epoch` epochs, on the CPU.
 
         Raises:
             UserError: they hold NaN or infinite numbers.
         """
-        number = 0
-        while expert >= self.counts[number]:
-            expert -= self.counts[number]
-            number += 1
-        vector = flatten(self._load(number)[expert][epoch])
+        number = self._file_of(expert)
+        position = expert - self.files[number].start
+        vector = flatten(self._load(number)[position][epoch])
         if not bool(vector.isfinite().all()):
             raise UserError(
-                f"{self.paths[number]}: expert {expert} after epoch {epoch} holds NaN or infinite parameters; record "
+                f"{self.paths[number]}: expert {position} after epoch {epoch} holds NaN or infinite parameters; record "
                 "the experts again with a lower --lr_teacher"
             )
         return vector
+
+    def order(self, rng):
+        """Return one pass over all experts: files in random order, experts in random order inside a file."""
+        return [
+            self.files[number][position]
+            for number in rng.permutation(len(self.files))
+            for position in rng.permutation(len(self.files[number]))
+        ]
 
     def drawn(self, number, order, rng):
         """Return the expert of trajectory `number`: the next one of `order`, with load_all any one."""
@@ -200,62 +189,37 @@ class Experts:
         """Return the experts that are in memory when trajectory `number` is drawn, in their order."""
         if self.load_all:
             return list(range(len(self)))
-        ends = np.cumsum(self.counts)
-        file = np.searchsorted(ends, order[number % len(self)], side="right")
-        return [expert for expert in order if ends[file] - self.counts[file] <= expert < ends[file]]
-
-    def order(self, rng):
-        """Return one pass over all experts: files in random order, experts in random order inside a file."""
-        starts = [sum(self.counts[:number]) for number in range(len(self.counts))]
-        return [
-            int(starts[number] + position)
-            for number in rng.permutation(len(self.counts))
-            for position in rng.permutation(self.counts[number])
-        ]
+        same_file = self.files[self._file_of(order[number % len(self)])]
+        return [expert for expert in order if expert in same_file]
 
 
-class EpochStates:
-    """The finished epochs of one expert on disk, so that a kill costs one epoch.
-
-    Args:
-        folder: of the files, one an epoch.
-    """
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-
-    def count(self):
-        """Return how many epochs are saved."""
-        return len(list(self.folder.glob("epoch_*.pt")))
-
-    def save(self, epoch, network, optimizer):
-        """Save the state after the epoch of index `epoch`."""
-        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-        files.save(self.folder / f"epoch_{epoch:04d}.pt", state | {"digest": files.digest(state)})
-
-    def restore(self, network, optimizer):
-        """Bring network and optimiser to the last saved epoch; returns their entries of the trajectory so far.
-
-        Files that cannot be trusted, and those after them, are left out: their epochs are trained again.
-        """
-        entries, state = [], None
-        while found := files.load_trusted(self.folder / f"epoch_{len(entries):04d}.pt"):
-            state = found
-            entries.append([state["network"][name] for name, _ in network.named_parameters()])
-        if state:
-            network.load_state_dict(state["network"])
-            optimizer.load_state_dict(state["optimizer"])
-        return entries
-
-    def remove(self):
-        shutil.rmtree(self.folder, ignore_errors=True)
+def _check_trajectory(path, trajectory, shapes, epochs, model):
+    for entry in trajectory:
+        found = [tuple(tensor.shape) for tensor in entry]
+        if found == shapes:
+            continue
+        difference = f"{len(shapes)} parameter tensors, found {len(found)}"
+        if len(found) == len(shapes):
+            at = next(i for i in range(len(found)) if found[i] != shapes[i])
+            difference = f"parameter {at} of shape {shapes[at]}, found {found[at]}"
+        raise UserError(
+            f"{path}: these experts are not of {model} for these images (expected {difference}); their --model, image "
+            "size (--res) or number of classes is another: choose theirs, or other buffers"
+        )
+    if len(trajectory) < epochs:
+        raise UserError(
+            f"{path}: expected trajectories of {epochs} entries at least (--start_sampling_epoch + "
+            f"--max_start_epoch or the end of --start_epochs, + --expert_epochs), found {len(trajectory)}; lower these "
+            "or record experts with more --train_epochs"
+        )
 
 
-def record_trajectory(network, images, config, seed, keys, masks=None, states=None, after_epoch=None):
+def record_trajectory(network, images, config, seed, keys, masks=None, folder=None, after_epoch=None):
     """Train `network` on real images and return its parameters before and after every epoch.
 
     Args:
-        states: `EpochStates` to continue from and to write; None for none.
+        folder: `Path` that keeps the state after every epoch (epoch_{index}.pt); what it holds is continued, a damaged
+            epoch and those after it are trained again. None keeps nothing.
         Others as for `training.train`.
 
     Returns:
@@ -265,13 +229,16 @@ def record_trajectory(network, images, config, seed, keys, masks=None, states=No
     if masks:
         training.apply_masks(masks)
     trajectory, optimizer = [training.snapshot(network)], training.sgd(network, config)
-    if states:
-        trajectory += states.restore(network, optimizer)
+    while folder and (state := files.load_trusted(folder / f"epoch_{len(trajectory) - 1:04d}.pt")):
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        trajectory.append(training.snapshot(network))
 
     def after(epoch, loss):
         trajectory.append(training.snapshot(network))
-        if states:
-            states.save(epoch, network, optimizer)
+        if folder:
+            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+            files.save(folder / f"epoch_{epoch:04d}.pt", state | {"digest": files.digest(state)})
         if after_epoch:
             after_epoch(epoch, loss)
 
@@ -314,29 +281,26 @@ class BufferWriter:
     def _part(self, expert):
         return self.folder / PARTIAL / f"expert_{expert:05d}.pt"
 
-    def states(self, expert):
-        """Return the `EpochStates` of an expert that is being recorded."""
-        return EpochStates(self._part(expert).with_suffix(""))
+    def epochs(self, expert):
+        """Return the folder for the epochs of an expert that is being recorded."""
+        return self._part(expert).with_suffix("")
 
     def add(self, expert, trajectory, alone=True):
         """Store one expert; a process that records `alone` merges its group when that is complete."""
         files.save(self._part(expert), trajectory)
-        self.states(expert).remove()
+        shutil.rmtree(self.epochs(expert), ignore_errors=True)
         if alone:
             self.merge()
 
     def merge(self):
         """Turn every complete group of parts into its replay buffer; removes the parts when all is done."""
-        for number in range((self.count + self.group - 1) // self.group):
-            wanted = range(number * self.group, min((number + 1) * self.group, self.count))
-            stored = self.stored.get(number, 0)
-            parts = [self._part(k) for k in wanted[stored:]]
+        for number, first in enumerate(range(0, self.count, self.group)):
+            path, stored = self.folder / f"replay_buffer_{number}.pt", self.stored.get(number, 0)
+            parts = [self._part(k) for k in range(first + stored, min(first + self.group, self.count))]
             if parts and all(part.exists() for part in parts):
-                path = self.folder / f"replay_buffer_{number}.pt"
                 whole = load_buffer(path, mmap=False) if stored else []
-                whole += [_load_part(part) for part in parts]
-                files.save(path, whole)
-                self.stored[number] = len(whole)
+                files.save(path, whole + [_load_part(part) for part in parts])
+                self.stored[number] = len(whole) + len(parts)
                 for part in parts:
                     part.unlink()
         if not self.missing():

@@ -327,6 +327,7 @@ class TrajectoryMatchConfig:
         syn_steps: student steps N.
         expert_epochs: from the expert's start entry to its target entry.
         max_start_epoch: number of possible start epochs, the first of them `first_start_epoch`.
+        grow_iterations: iterations over which the possible start epochs grow from one to all (DATM); 0: all at once.
         dsa: applied to every minibatch; None for none.
         window, samples: of texture mode: pixels of the random windows shown of canvases (None: whole images), and how
             many of each.
@@ -340,6 +341,7 @@ class TrajectoryMatchConfig:
     expert_epochs: int
     max_start_epoch: int
     first_start_epoch: int = 0
+    grow_iterations: int = 0
     dsa: DSA | None = None
     window: int | None = None
     samples: int = 1
@@ -406,13 +408,18 @@ class TrajectoryMatcher:
         config, device = self.config, self.synthetic.images.device
         rng = stream(self.seed, "matching", self.stage, number)
         expert = self.experts.drawn(number, self._order(number), rng)
-        epoch = config.first_start_epoch + int(rng.integers(config.max_start_epoch))
+        epoch = config.first_start_epoch + int(rng.integers(self._start_epochs(number // config.trajectories)))
         start = self.experts.parameters(expert, epoch).to(device, non_blocking=True)
         target = self.experts.parameters(expert, epoch + config.expert_epochs).to(device, non_blocking=True)
         steps = []
         for index in plan_batches(len(self.synthetic), config.batch_syn, config.syn_steps, rng):
             steps.append(Step(to_device(index, device), self._augmentation(len(index), rng)))
         return start, target, steps
+
+    def _start_epochs(self, iteration):
+        """Return the number of possible start epochs."""
+        count, grow = self.config.max_start_epoch, self.config.grow_iterations
+        return count if iteration >= grow else 1 + (count - 1) * iteration // grow
 
     def loaded_experts(self, iteration):
         """Return the experts of the buffer file that `iteration` draws from, in their shuffled order."""

@@ -31,11 +31,13 @@ def test_killed_runs_continue(script, number, reference, tmp_path):
     kill_often(script, begin, KILLS, reference.runs[script], tmp_path, number, check)
 
 
+SUCCESSORS = ["--ema", 0.9, "--syn_lr_form", "exp", "--clip_grad", 0.1, "--grow_start_epoch", 2]
 # Script, more options, the event at which it is killed, which of them, epochs and iterations that this costs.
 COSTS = [
     pytest.param(B, ["--train_epochs", 4], r"write epoch_0002\.pt", 2, 1, id="an-epoch-of-an-expert"),
     pytest.param(B, ["--num_experts", 3], r"write expert_00001\.pt", 1, 0, id="an-expert"),
     pytest.param(D, [], r"write checkpoint\.pt", 3, 1, id="a-matching-iteration"),
+    pytest.param(D, SUCCESSORS, r"write checkpoint\.pt", 3, 1, id="a-matching-iteration-of-the-methods-after-mtt"),
     pytest.param(D, ["--num_eval", 3], "write evaluation-.*", 2, 2, id="a-network-of-an-evaluation-in-a-stage"),
     pytest.param(D, ["--num_experts", 2], r"write expert_00001\.pt", 1, 5, id="an-expert-of-a-transition"),
     pytest.param(DI, [], r"write interval_1_checkpoint\.pt", 3, 2, id="an-idc-sweep-and-its-real-epoch"),

@@ -1,3 +1,4 @@
+import argparse
 import json
 import re
 import shutil
@@ -13,8 +14,9 @@ from utils import forgetting, training
 from utils.augment import DSA
 from utils.data import datasets
 from utils.results.load import load_distilled
-from utils.synthetic import empty_set, load_mtt
+from utils.synthetic import SyntheticSet, empty_set, load_mtt
 from utils.trajectories import Experts, load_buffer
+from utils.trajectory_matching import TrajectoryMatcher
 
 FOLDERS = ["interval1_epoch1-2", "interval2_epoch3-4", "interval3_epoch5-6"]
 
@@ -238,6 +240,126 @@ def test_a_new_best_of_any_network_saves_the_union_unclamped(distil, monkeypatch
     assert (summary["best_iteration"], summary["best_accuracy"]) == (2, (30 + 30 + 50 + 51) / 4)
     black, white = (0 - 0.3054) / 0.3760, (1 - 0.3054) / 0.3760
     assert images.min() < black - 1 and images.max() > white + 1
+
+
+@pytest.mark.parametrize("slope,expected", [(-1, True), (1, False)])
+def test_a_stage_that_matching_did_not_improve_says_so(slope, expected, buffers, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        distill_mtt, "evaluate", lambda stage, iteration, *_: {"ConvNetW32": [50.0 + slope * iteration]}
+    )
+    words = [*STAGES, *SHORT, "--num_intervals", 1, "--buffer_path", buffers, "--root_log_dir", tmp_path]
+    status, message = call("distill_mtt.py", *words, capsys=capsys, monkeypatch=monkeypatch)
+    warned = "warning: stage 1: matching made the images no better than their initialisation" in message
+    assert status == 0 and warned == expected and ("change --lr_img or raise --Iteration" in message) == expected
+
+
+# Methods that followed MTT --------------------------------------------------------------------------------------------
+
+
+def as_float64(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("form", ["plain", "exp"])
+def test_a_step_is_sgd_with_momentum_of_images_and_of_syn_lr_or_its_logarithm(form, clip):
+    rng = np.random.default_rng(0)
+    images, rate = torch.from_numpy(rng.standard_normal((3, 1, 2, 2))), 0.02
+    union = SyntheticSet(images.clone(), torch.arange(3), as_float64(rate), [1, 2])
+    optimizers = {
+        "images_sgd": torch.optim.SGD([union.learned], 5.0, 0.5),
+        "syn_lr_sgd": torch.optim.SGD([union.syn_lr], 0.4, 0.5),
+    }
+    args = argparse.Namespace(syn_lr_form=form, clip_grad=clip)
+    learned, momentum = images[1:].numpy().copy(), [0.0, 0.0]
+    for _ in range(4):
+        gradients = [rng.standard_normal(learned.shape), float(rng.standard_normal()) / rate]
+        union.learned.grad, union.syn_lr.grad = map(as_float64, gradients)
+        distill_mtt.step(union, optimizers, args)
+        if form == "exp":
+            gradients[1] *= rate
+        for k in range(2):
+            norm = np.sqrt(np.square(gradients[k]).sum())
+            momentum[k] = 0.5 * momentum[k] + gradients[k] * (min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
+        learned -= 5.0 * momentum[0]
+        rate = rate * np.exp(-0.4 * momentum[1]) if form == "exp" else rate - 0.4 * momentum[1]
+        assert np.abs(union.learned.numpy() - learned).max() < 1e-12 and abs(float(union.syn_lr) / rate - 1) < 1e-12
+    assert torch.equal(union.images[:1], images[:1]) and (form == "plain" or rate > 0)
+
+
+@pytest.mark.parametrize("lr_img,lr_lr", [(100, 0.1), (1e4, 10), (1e8, 1e3)])
+def test_rates_that_stop_a_run_do_not_with_exp_and_clipping(
+    lr_img, lr_lr, distil, buffers, tmp_path, capsys, monkeypatch
+):
+    rates = ["--lr_img", lr_img, "--lr_lr", lr_lr, "--Iteration", 6]
+    words = [*STAGES, *SHORT, *rates, "--num_intervals", 1, "--buffer_path", buffers, "--root_log_dir", tmp_path / "x"]
+    status, message = call("distill_mtt.py", *words, capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 2 and re.search(r"iteration \d: .*became (NaN|-)", message.splitlines()[-1])
+    clip = min(1 / lr_img, 0.1 / lr_lr)
+    distil(*rates, "--syn_lr_form", "exp", "--clip_grad", clip, stages=1)
+
+
+def test_the_running_mean_of_the_images_is_evaluated_and_kept(distil, monkeypatch):
+    """The images move as they do without it: only what is evaluated and kept differs."""
+    moved, evaluated = [], {}
+    step = distill_mtt.step
+
+    def note(synthetic, *arguments):
+        if not moved:
+            moved.append(synthetic.learned.clone())
+        step(synthetic, *arguments)
+        moved.append(synthetic.learned.clone())
+
+    def evaluate(stage, iteration, synthetic, *_):
+        evaluated[iteration] = synthetic.images.clone()
+        return {"ConvNetW32": [50.0 + iteration]}
+
+    monkeypatch.setattr(distill_mtt, "step", note)
+    monkeypatch.setattr(distill_mtt, "evaluate", evaluate)
+    folder = distil("--ema", 0.75, "--pix_init", "noise", stages=1)
+    mean = moved[0].double()
+    for iteration in range(6):
+        mean = 0.75 * mean + 0.25 * moved[iteration].double() if iteration else mean
+        if iteration in evaluated:
+            torch.testing.assert_close(evaluated[iteration].double(), mean, rtol=1e-5, atol=1e-5)
+    assert torch.equal(torch.load(folder / "images_best.pt", weights_only=True), evaluated[5])
+    evaluated.clear()
+    averaged, moved[:] = list(moved), []
+    distil("--pix_init", "noise", "--tag", "plain", stages=1)
+    assert all(torch.equal(one, other) for one, other in zip(averaged, moved, strict=True))
+    assert torch.equal(evaluated[5], moved[5])
+
+
+def test_subsets_of_unequal_size_and_windows_that_move(distil, monkeypatch, tmp_path, buffers, run):
+    windows, plan = {1: set(), 2: set(), 3: set()}, TrajectoryMatcher.plan
+
+    def note(matcher, number):
+        drawn, parameters = [], matcher.experts.parameters
+        matcher.experts.parameters = lambda expert, epoch: drawn.append(epoch) or parameters(expert, epoch)
+        found = plan(matcher, number)
+        matcher.experts.parameters = parameters
+        windows[matcher.stage].add(drawn[0])
+        assert drawn[1] == drawn[0] + 2
+        return found
+
+    monkeypatch.setattr(TrajectoryMatcher, "plan", note)
+    folder = distil("--ipc", "2,1,3", "--start_epochs", "0:1,1:3,2:5", "--Iteration", 20, "--eval_it", 10)
+    assert not folder.exists()
+    folder = folder.with_name(EXPERIMENT.replace("ipc1", "ipc2-1-3"))
+    assert windows == {1: {0}, 2: {1, 2}, 3: {2, 3, 4}}
+    for stage, entries in ((1, 3 + 2 + 2), (2, 5 + 2 + 2)):  # of the stage after it
+        assert {len(t) for t in load_buffer(folder / FOLDERS[stage - 1] / "replay_buffer_0.pt")} == {entries}
+    data = load_distilled(folder)
+    assert data.stage.tolist() == [1] * 20 + [2] * 10 + [3] * 30
+    assert data.labels.tolist() == [k // 2 for k in range(20)] + list(range(10)) + [k // 3 for k in range(30)]
+    assert torch.equal(data.images[:30], best_images(folder, 2)) and len(load_distilled(folder, 1)) == 20
+    words = [*STAGES, "--ipc", "2,1,3", "--num_experts", 1, "--num_eval", 1, "--epoch_eval_train", 2, "--skip_full",
+             "--buffer_path", buffers, "--save_path", tmp_path]  # fmt: skip
+    run("evaluate_mtt.py", *words)
+    assert [row["ipc_total"] for row in json.loads((folder / "report.json").read_text())["stages"]] == [2, 3, 6]
+    run("scripts.export", folder, "--out", tmp_path / "export")
+    assert torch.equal(load_distilled(tmp_path / "export").stage, data.stage)
+    run("scripts.compare", folder, "--out", tmp_path / "compare")
 
 
 # --drop_easy ----------------------------------------------------------------------------------------------------------

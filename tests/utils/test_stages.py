@@ -145,7 +145,7 @@ def test_evaluation_networks_are_trained_once(real, tmp_path):
 
 
 @pytest.fixture
-def transition(real, tmp_path):
+def transition(real, tmp_path, monkeypatch):
     """A transition of three experts, two to a replay buffer; returns a function of the folder and `after_expert`."""
     network = training.new_network("ConvNetW32", real, 0)
     trajectories = []
@@ -165,8 +165,9 @@ def transition(real, tmp_path):
     images, config = union(real, 0, 20), evaluation_config(2, 0.02, 16, None)
     part, real_config = union(real, 100, 140), training.TrainConfig(2, 0.03, 0.5, 1e-3, 16)
 
-    def run(folder, after_expert=lambda: None):
-        stages.transition(at, experts, images, config, part, real_config, folder, 2, 3, 1, after_expert)
+    def run(folder, after_expert=lambda *_: None):
+        monkeypatch.setattr(stages.Progress, "update", after_expert)
+        stages.transition(at, experts, images, config, part, real_config, folder, 2, 3, 1)
         return [t for n in (0, 1) for t in load_buffer(folder / f"replay_buffer_{n}.pt")]
 
     run.plain = []
@@ -199,7 +200,7 @@ def test_an_interrupted_transition_keeps_its_finished_experts(moment, transition
     counted = []
 
     def after(limit):
-        def count():
+        def count(_progress):
             counted.append(1)
             if len(counted) == limit:
                 raise KeyboardInterrupt

@@ -12,7 +12,6 @@ from utils.run import files
 from utils.run.errors import UserError
 from utils.trajectories import (
     BufferWriter,
-    EpochStates,
     Experts,
     buffer_files,
     buffer_folder,
@@ -37,7 +36,7 @@ class Killed(BaseException):
     """What stands for SIGKILL: nobody catches it."""
 
 
-def record(digits, states=None, model="ConvNetBN", stop_after=None, pruned=False):
+def record(digits, folder=None, model="ConvNetBN", stop_after=None, pruned=False):
     """Record one expert; returns (trajectory, epochs trained)."""
     images = ImageDataset(*digits.train.batch(slice(0, 40)))
     network = training.new_network(model, digits, 0, "expert")
@@ -49,7 +48,7 @@ def record(digits, states=None, model="ConvNetBN", stop_after=None, pruned=False
         if epoch == stop_after:
             raise Killed
 
-    trajectory = record_trajectory(network, images, CONFIG, 0, ("expert", 0), masks, states, after_epoch)
+    trajectory = record_trajectory(network, images, CONFIG, 0, ("expert", 0), masks, folder, after_epoch)
     return trajectory, trained
 
 
@@ -65,21 +64,19 @@ def test_an_expert_killed_after_any_epoch_goes_on_bit_for_bit(epoch, pruned, dig
     """With momentum, a milestone, and statistics of batches that are no parameters."""
     expected, trained = record(digits, pruned=pruned)
     assert len(expected) == EPOCHS + 1 and trained == [0, 1, 2]
-    states = EpochStates(tmp_path / "expert_00000")
     with pytest.raises(Killed):
-        record(digits, states, stop_after=epoch, pruned=pruned)
-    found, trained = record(digits, EpochStates(states.folder), pruned=pruned)
+        record(digits, tmp_path, stop_after=epoch, pruned=pruned)
+    found, trained = record(digits, tmp_path, pruned=pruned)
     assert equal(found, expected) and trained == list(range(epoch + 1, EPOCHS))
 
 
 @pytest.mark.parametrize("damaged,again", [(0, [0, 1, 2]), (1, [1, 2]), (2, [2])])
 @pytest.mark.parametrize("damage", ["gone", "cut", "changed", "text"])
 def test_epochs_whose_file_is_damaged_are_trained_again(damage, damaged, again, digits, tmp_path):
-    states = EpochStates(tmp_path / "expert_00000")
-    expected, _ = record(digits, states)
-    assert sorted(p.name for p in states.folder.iterdir()) == [f"epoch_000{n}.pt" for n in range(3)]
-    before = {p: p.read_bytes() for p in states.folder.iterdir()}
-    path = states.folder / f"epoch_000{damaged}.pt"
+    expected, _ = record(digits, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"epoch_000{n}.pt" for n in range(3)]
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    path = tmp_path / f"epoch_000{damaged}.pt"
     if damage == "gone":
         path.unlink()
     elif damage == "changed":
@@ -88,12 +85,9 @@ def test_epochs_whose_file_is_damaged_are_trained_again(damage, damaged, again, 
         files.save(path, state)
     else:
         path.write_bytes(before[path][:-100] if damage == "cut" else b"text")
-    found, trained = record(digits, states)
+    found, trained = record(digits, tmp_path)
     assert equal(found, expected) and trained == again
-    assert {p: p.read_bytes() for p in states.folder.iterdir()} == before
-    states.remove()
-    states.remove()
-    assert not states.folder.exists()
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 # Buffers --------------------------------------------------------------------------------------------------------------
@@ -157,12 +151,11 @@ def test_more_experts_complete_the_last_buffer(tmp_path):
 
 def test_a_stored_expert_needs_its_epochs_no_more(tmp_path):
     writer = BufferWriter(tmp_path, 2, 2)
-    states = writer.states(1)
-    assert states.folder == tmp_path / "partial" / "expert_00001"
-    network = torch.nn.Linear(2, 1)
-    states.save(0, network, torch.optim.SGD(network.parameters(), 0.1))
+    epochs = writer.epochs(1)
+    assert epochs == tmp_path / "partial" / "expert_00001"
+    files.save(epochs / "epoch_0000.pt", {})
     writer.add(1, trajectory(1))
-    assert not states.folder.exists() and writer.missing() == [0]
+    assert not epochs.exists() and writer.missing() == [0]
 
 
 @pytest.mark.parametrize("name", ["replay_buffer_0.pt", "partial/expert_00003.pt"])
@@ -280,6 +273,14 @@ def test_buffers_are_found_below_their_root_or_in_the_folder_itself(folder, tmp_
         find_buffers(tmp_path / "root", *layout)
     shutil.copytree(folder, nested)
     assert find_buffers(tmp_path / "root", *layout) == nested
+
+
+def test_buffers_of_another_resolution_are_named(folder, tmp_path):
+    for res in (32, 64):
+        shutil.copytree(folder, buffer_folder(tmp_path, f"ImageNet/imagewoof/{res}", "ConvNetD5", False))
+    buffer_folder(tmp_path, "ImageNet/imagewoof/256", "ConvNetD5", False).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"imagewoof/128/ConvNetD5: .* found none \(but for --res 32, 64\); record"):
+        find_buffers(tmp_path, "ImageNet/imagewoof/128", "ConvNetD5", False)
 
 
 def test_what_experts_never_saw_is_in_their_config(tmp_path):

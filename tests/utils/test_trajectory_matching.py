@@ -253,6 +253,23 @@ def test_one_pass_takes_every_expert_once_and_epochs_stay_in_their_range():
     assert epochs == {3, 4, 5, 6}
 
 
+def test_the_window_of_start_epochs_grows_linearly():
+    student, experts, union = union_and_experts(experts=1, entries=9)
+    config = TrajectoryMatchConfig(3, 1, 1, max_start_epoch=5, first_start_epoch=2, trajectories=2)
+    growing = TrajectoryMatcher(student, experts, union, dataclasses.replace(config, grow_iterations=8))
+    whole, seen = TrajectoryMatcher(student, experts, union, config), {}
+    ends = [2, 2, 3, 3, 4, 4, 5, 5]  # the window has 1 + 4 · iteration / 8 epochs
+    for seed in range(200):
+        growing.seed = whole.seed = seed
+        for iteration, last in enumerate(ends):
+            start, _, _ = growing.plan(2 * iteration + seed % 2)
+            epoch = next(e for e, entry in enumerate(experts.trajectories[0]) if entry is start)
+            assert 2 <= epoch <= last
+            seen[iteration] = max(seen.get(iteration, 0), epoch)
+        assert growing.plan(16)[0] is whole.plan(16)[0]
+    assert [seen[iteration] for iteration in range(8)] == ends
+
+
 def test_windows_of_canvases_are_the_same_on_both_ways_through():
     student, experts, union = union_and_experts()
     canvases = SyntheticSet(torch.randn(8, 1, 16, 16, dtype=torch.float64), union.labels, union.syn_lr, union.counts)

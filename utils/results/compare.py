@@ -57,7 +57,8 @@ class EvaluatedResult:
     @property
     def sizes(self):
         """Stages × images of each class that each of them learned."""
-        return f"{self.report['config']['num_intervals']} × {self.report['config']['ipc']}"
+        stages, ipc = (self.report["config"][name] for name in ("num_intervals", "ipc"))
+        return "-".join(map(str, ipc)) if isinstance(ipc, list) else f"{stages} × {ipc}"
 
     @property
     def total(self):
@@ -96,10 +97,11 @@ def _read_mtt_stage(result, stage):
     found = [result.folder / given.split(".")[stage - 1]] if given else names.mtt_stages(result.folder).get(stage)
     folder = found[0] if found else result.folder  # one stage lies in the experiment's own folder
     _read_log(result, stage, folder / "metrics.jsonl")
-    total, path = config["ipc"] * stage, folder / "images_best.png"
+    ipcs = names.stage_ipcs(config["ipc"], stage)[:stage]
+    total, path = sum(ipcs), folder / "images_best.png"
     if path.exists() and total <= GRID_COLUMNS:  # wider grids are wrapped
         union = read_image(path, "RGB")  # its newest images stand on the right
-        result.images[stage] = union[:, (union.shape[1] - 2) * (total - config["ipc"]) // total :]
+        result.images[stage] = union[:, (union.shape[1] - 2) * (total - ipcs[-1]) // total :]
 
 
 def _read_idc_stage(result, stage):

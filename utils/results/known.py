@@ -21,7 +21,7 @@ from .provenance import DATA
 IDC_FILE = re.compile(r"interval_(\d+)_data\.pt")
 # Names that the published code gives (names.mtt_experiment, names.idc_folder).
 MTT_NAME = re.compile(
-    r"(?P<dataset>[^_]+)_(?P<model>.+)_(?P<eval_mode>[A-Z])_ipc(?P<ipc>\d+)_max\d+_syn\d+_.*_increase"
+    r"(?P<dataset>[^_]+)_(?P<model>.+)_(?P<eval_mode>[A-Z])_ipc(?P<ipc>[\d-]+)_max\d+_syn\d+_.*_increase"
     r"(?P<zca>_zca)?(_.*)?"
 )
 IDC_NAME = re.compile(r".+_(grad|feat|f\d+(,\d+)?)_.+_ipc\d+")

@@ -7,6 +7,7 @@ from .. import multi_formation
 from ..run.errors import UserError
 from ..synthetic import load_idc, load_mtt, read_mtt_part
 from . import formats, known
+from .names import stage_ipcs
 
 
 class DistilledSet(TensorDataset):
@@ -99,16 +100,10 @@ def _load_mtt(distillation, stage):
         canvas = options["canvas_size"] if options.get("texture") else 1
     else:  # published files do not say whether they hold canvases
         canvas = max(1, read_mtt_part(folder / "images_best.pt", "images").shape[-1] // info.im_size)
-    union = load_mtt(folder, info=info, canvas=canvas)
-    each, rest = divmod(len(union), stage)
-    if rest:
-        raise UserError(
-            f"{folder / 'images_best.pt'}: expected {stage} stages of equal size, found {len(union)} images"
-        )
-    stages = torch.arange(1, stage + 1).repeat_interleave(each)
+    union = load_mtt(folder, info=info, canvas=canvas, shares=stage_ipcs(options.get("ipc", 1), stage)[:stage])
     pixels = _saved_pixels(folder, union) if info.zca and info.whitening is None else None
     about = _about(distillation)
-    return DistilledSet(union.images, union.labels, stages, float(union.syn_lr), info, pixels, about)
+    return DistilledSet(union.images, union.labels, union.stage, float(union.syn_lr), info, pixels, about)
 
 
 def _saved_pixels(folder, union):

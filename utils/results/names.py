@@ -12,12 +12,18 @@ MEASURED_ON = {"test": "test", "val": "held-out"}  # accuracies by --select_on
 STAGE_FOLDER = re.compile(r"interval(\d+)_epoch\d+-\d+")
 
 
+def stage_ipcs(ipc, stages):
+    """Return how many images of each class every stage learns, a list; `ipc` is one number for all, or such a list."""
+    return list(ipc) if isinstance(ipc, (list, tuple)) else [ipc] * stages
+
+
 def mtt_experiment(config):
     """Return the folder name of a PDD+MTT experiment with the options `config` (a dict)."""
+    ipc = "-".join(map(str, stage_ipcs(config["ipc"], 1)))
     name = (
         "{dataset}_{model}_{eval_mode}_ipc{ipc}_max{max_start_epoch}_syn{syn_steps}_real{expert_epochs}"
         "_img{lr_img}_{lr_lr}_{lr_teacher}_increase"
-    ).format(**config)
+    ).format(**config | {"ipc": ipc})
     return name + ("_zca" if config["zca"] else "") + (f"_{config['tag']}" if config["tag"] else "")
 
 
