@@ -1,4 +1,4 @@
-"""Compare results: one table of their reports (Markdown), and figures side by side.
+"""Compare results: one table of their reports (Markdown), one page of all, and figures side by side.
 
 python scripts/compare.py logged_files/CIFAR10/* results/cifar10/* --out comparison
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.options import Parser
-from utils.results import compare, figures
+from utils.results import compare, figures, page
 from utils.results.report import plus_minus
 from utils.run import errors, files
 from utils.run.log import log0, print0
@@ -19,7 +19,8 @@ def parse():
     parser = Parser(__doc__)
     parser.add_argument("folders", nargs="+", metavar="RESULT_FOLDER", help="with a report of evaluate_*.py")
     parser.add_argument(
-        "--out", help="folder for report.md, report.csv and the figures (default: only print the table)"
+        "--out",
+        help="folder for report.md, report.csv, the page report.html and the figures (default: only print the table)",
     )
     return parser.parse_args()
 
@@ -35,7 +36,9 @@ def main():
     if not args.out:
         return
     out = Path(args.out)
-    for name, text in (("report.md", compare.as_markdown(results) + "\n"), ("report.csv", compare.as_csv(results))):
+    table = compare.as_markdown(results) + "\n"
+    texts = {"report.md": table, "report.csv": compare.as_csv(results), "report.html": page.render(results)}
+    for name, text in texts.items():
         with files.atomic(out / name, "w") as file:
             file.write(text)
         log0(f"written: {out / name}")
