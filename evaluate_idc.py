@@ -21,7 +21,7 @@ from utils.results.other_methods import LOADERS
 from utils.results.provenance import check_result
 from utils.run import files
 from utils.run.device import setup_device
-from utils.run.log import log0, print0
+from utils.run.log import print0
 from utils.run.main import run_script
 from utils.synthetic import SyntheticSet, idc_path, load_idc
 
@@ -75,18 +75,17 @@ def main():
     if args.slct_type == "random":
         datasets = stages.random_unions(real, totals, args.seed, ("selected",))
     evaluation = Evaluation(
-        real,
-        datasets,
-        totals,
-        args.seed,
-        folder,
-        0 if args.skip_random else args.repeat,
-        0 if args.skip_full else args.full_networks,
-        args.checks,
+        real=real,
+        unions=datasets,
+        ipc_totals=totals,
+        folder=folder,
+        seed=args.seed,
+        config=options.config_of(args),
+        checks=args.checks,
     )
-    evaluation.check()
+    dataset, own = names.dataset_title(args.data, idc_options.dataset_subdir(args)), names.idc_model(vars(args))
     with files.locked(folder):
-        evaluate_and_report(evaluation, models, args.data, options.config_of(args), select_on, keeps="last")
+        evaluate_and_report(evaluation, models, own, dataset=dataset, select_on=select_on, keeps="last")
 
 
 def result_folder(args):
@@ -100,16 +99,15 @@ def result_folder(args):
 def read_idc(args, real, device):
     """Read the unions of a result; returns ({what: file}, unions, decoded datasets, what they were selected on)."""
     folder = result_folder(args)
-    learned = range(args.num_intervals if args.last_only else 1, args.num_intervals + 1)
+    names.check_stages(folder, names.idc_stages(folder), args.num_intervals)
     check_result(folder, real.info)
+    learned = range(args.num_intervals if args.last_only else 1, args.num_intervals + 1)
     unions = [load_idc(folder, stage, real.info, device=device) for stage in learned]
     if args.ipc < 1:  # not needed to find the folder
         args.ipc = len(unions[0]) // real.info.num_classes // learned[0]
     if args.new_only:
         unions = [union.subset(stage) for stage, union in zip(learned, unions, strict=True)]
     select_on = names.selected_on([names.read_idc_stage(folder, stage) for stage in learned])
-    if idc_path(folder, args.num_intervals + 1).exists():
-        log0(f"note: {folder}: --num-intervals {args.num_intervals} leaves out the stages after it")
     inputs = {f"stage {stage}": idc_path(folder, stage) for stage in learned}
     return inputs, unions, [decoded(union, args, real) for union in unions], select_on
 
@@ -131,12 +129,12 @@ def decoded(union, args, real):
 
 def eval_model(name, args, real, unions):
     """Return the `EvalModel` of one architecture."""
-    title = names.idc_model(vars(args)) if name == "self" else name
     if name == "self":
         idc_options.check_network(args, real)
+        title, spec = names.idc_model(vars(args)), idc_options.network_spec(args)
     else:
         options.check_network(name, real)
-    spec = idc_options.network_spec(args) if name == "self" else name
+        title = spec = name
     epochs = max(1, args.epochs // args.factor**2) if args.same_compute else args.epochs
 
     def config(index):
@@ -144,18 +142,23 @@ def eval_model(name, args, real, unions):
         return idc_options.train_config(args, epochs, lr_factor=0.5 if slow else 1.0)
 
     def save(k, network):
-        if args.save_ckpt:
-            path = result_folder(args) / f"evaluated_{title}_{k}.pt"
-            files.save(path, training.state_on_cpu(network))
+        files.save(result_folder(args) / f"evaluated_{title}_{k}.pt", training.state_on_cpu(network))
 
+    configs = [config(index) for index in range(len(unions))]
     return EvalModel(
         name=title,
-        count=args.repeat,
         network=lambda k: training.new_network(spec, real, args.seed, "evaluated", title, k),
-        config=config,
-        random_config=config,
-        full_config=idc_options.train_config(args, args.full_epochs),
-        save=save,
+        counts={
+            "distilled": args.repeat,
+            "random": 0 if args.skip_random else args.repeat,
+            "full": 0 if args.skip_full else args.full_networks,
+        },
+        configs={
+            "distilled": configs,
+            "random": configs,
+            "full": [idc_options.train_config(args, args.full_epochs)],
+        },
+        save=save if args.save_ckpt else None,
     )
 
 

@@ -40,8 +40,8 @@ STAGES = [
     ("--override_interval_names", str, None, "names of the stages' folders, joined by dots"),
 ]
 EVALUATION = [
-    ("--num_experts", COUNT, 100, "networks of the distillation's architecture"),
-    ("--num_eval", COUNT, 5, "networks of every other architecture"),
+    ("--num_experts", COUNT, 100, "networks of the distillation's architecture for each row"),
+    ("--num_eval", COUNT, 5, "networks of every other architecture for each row"),
     ("--epoch_eval_train", COUNT, 1000, "epochs on every union"),
     ("--dsa_strategy", options.strategy, options.DSA_STRATEGY, "augmentation; none for none"),
     ("--buffer_path", str, "buffers", "experts whose first parameters the networks start from"),
@@ -78,26 +78,36 @@ def main():
         options.check_network(model, real)
     canvas = args.canvas_size if args.texture else 1
     unions = [load_mtt(folder, "best", device, real.info, canvas) for folder in folders]
-    select_on = names.selected_on([names.read_mtt_stage(folder) for folder in folders])
+    summaries = [names.read_mtt_stage(folder) for folder in folders]
+    warn_of_first_images(summaries)
     if args.dry_run:
         inputs = {"data": args.data_path} | {f"stage {stage}": folder for stage, folder in enumerate(folders, 1)}
         size = sizes.mtt_evaluation(vars(args), real.info, len(real.train), pool)
         print0(options.dry_run(args, inputs, experiment / "report.json", size))
         return
-    evaluation = Evaluation(
-        real,
-        [union.dataset() for union in unions],
-        [len(union) // real.info.num_classes for union in unions],
-        args.seed,
-        experiment,
-        0 if args.skip_random else args.num_eval,
-        0 if args.skip_full else args.full_networks,
-    )
-    evaluation.check()
     with files.locked(experiment):
         starts = find_starts(args, real)
+        evaluation = Evaluation(
+            real=real,
+            unions=[union.dataset() for union in unions],
+            ipc_totals=[len(union) // real.info.num_classes for union in unions],
+            folder=experiment,
+            seed=args.seed,
+            config={**options.config_of(args), "starts": "experts" if starts else "random"},
+        )
+        dataset = names.dataset_title(args.dataset, mtt.dataset_subdir(args))
+        select_on = names.selected_on(summaries)
         models = [eval_model(name, args, real, unions, starts, experiment) for name in pool]
-        evaluate_and_report(evaluation, models, args.dataset, options.config_of(args), select_on)
+        evaluate_and_report(evaluation, models, args.model, dataset=dataset, select_on=select_on, keeps="best")
+
+
+def warn_of_first_images(summaries):
+    """Say which stages kept the images that they started with."""
+    if stages := [str(stage) for stage, known in enumerate(summaries, 1) if known.get("best_iteration") == 0]:
+        log0(
+            f"warning: stage {', '.join(stages)}: best at iteration 0, so its images are the ones it started with; "
+            "distil with another --lr_img, more --Iteration or a smaller --eval_it"
+        )
 
 
 def pool_of(args):
@@ -126,33 +136,38 @@ def find_starts(args, real):
 
 def eval_model(name, args, real, unions, starts, experiment):
     """Return the `EvalModel` of one architecture."""
-    dsa = DSA(args.dsa_strategy)
+    dsa, own = DSA(args.dsa_strategy), name == args.model
+    count = args.num_experts if own else args.num_eval
 
     def network(k):
         network = training.new_network(name, real, args.seed, "start", name, k)
-        if name == args.model and starts and k < len(starts):
+        if own and starts and k < len(starts):
             set_flat(network, starts.parameters(k, 0))
         return network
 
-    def real_config(epochs):
-        return evaluation_config(epochs, args.lr_teacher, args.batch_train, dsa)
-
     def save(k, network):
-        if args.save_model:
-            files.save(experiment / f"{args.save_model_prefix}_{name}_{k}.pt", training.snapshot(network))
+        files.save(experiment / f"{args.save_model_prefix}_{name}_{k}.pt", training.snapshot(network))
 
     def union_config(index):
         lr = unions[index].syn_lr * (args.stage_lr[index] if args.stage_lr else 1)
         return mtt.union_config(args, real, args.epoch_eval_train, lr, dsa)
 
+    real_config = evaluation_config(args.epoch_eval_train, args.lr_teacher, args.batch_train, dsa)
+    full_config = evaluation_config(args.full_epochs, args.lr_teacher, args.batch_train, dsa)
     return EvalModel(
         name=name,
-        count=args.num_experts if name == args.model else args.num_eval,
         network=network,
-        config=union_config,
-        random_config=lambda _index: real_config(args.epoch_eval_train),
-        full_config=dataclasses.replace(real_config(args.full_epochs), epochs=args.full_epochs),
-        save=save,
+        counts={
+            "distilled": count,
+            "random": 0 if args.skip_random else count,
+            "full": 0 if args.skip_full else args.full_networks,
+        },
+        configs={
+            "distilled": [union_config(index) for index in range(len(unions))],
+            "random": [real_config] * len(unions),
+            "full": [dataclasses.replace(full_config, epochs=args.full_epochs)],
+        },
+        save=save if args.save_model else None,
     )
 
 

@@ -1,6 +1,6 @@
 """Compare results: one table of their reports (Markdown), one page of all, and figures side by side.
 
-python scripts/compare.py logged_files/CIFAR10/* results/cifar10/* --out comparison
+python scripts/compare.py logged_files results --out comparison
 """
 
 import sys
@@ -17,7 +17,9 @@ from utils.run.log import log0, print0
 
 def parse():
     parser = Parser(__doc__)
-    parser.add_argument("folders", nargs="+", metavar="RESULT_FOLDER", help="with a report of evaluate_*.py")
+    parser.add_argument(
+        "folders", nargs="+", metavar="RESULT_FOLDER", help="with a report of evaluate_*.py, in it or below"
+    )
     parser.add_argument(
         "--out",
         help="folder for report.md, report.csv, the page report.html and the figures (default: only print the table)",
@@ -27,11 +29,7 @@ def parse():
 
 def main():
     args = parse()
-    evaluated = [folder for folder in args.folders if (Path(folder) / "report.json").exists()]
-    for folder in args.folders if evaluated else ():
-        if folder not in evaluated:
-            log0(f"note: {folder}: left out, it holds no report; evaluate the result first")
-    results = [compare.read(folder) for folder in evaluated or args.folders]
+    results = compare.find(args.folders)
     print0(compare.as_markdown(results, plus_minus()))
     if not args.out:
         return

@@ -25,11 +25,9 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import evaluate_idc
 import evaluate_mtt
 from utils import options, sizes
 from utils.data.info import KNOWN
-from utils.results import report
 from utils.run import errors, files
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -100,7 +98,8 @@ ROWS = [name + end for name in PRESETS for end in ("", ONESHOT, CROSS)]
 TRAIN_IMAGES = {"CIFAR10": 50_000, "CIFAR100": 50_000, "Tiny": 100_000}
 NOTES = """memory: estimated for a GPU from the sizes of images, parameters and saved tensors, not measured;
 if a range is given, from --kept_steps 0 to all steps kept (auto keeps what fits half of the free memory)
-steps: evaluations inside a stage and the trainings of a transition come on top"""
+steps: evaluations inside a stage and the trainings of a transition come on top
+time: not measured at full scale; benchmarks/RESULTS.md has that of rows at --scale small"""
 
 
 class Step(NamedTuple):
@@ -138,9 +137,7 @@ def main():
         return
     for step in rows[args.row]:
         print(f"$ {command(step)}", flush=True)
-        if done := finished_evaluation(step):
-            print(report.table(done) + f"\n{step.script}: done already", flush=True)
-        elif status := run([sys.executable, PROJECT / step.script, *step.words]):
+        if status := run([sys.executable, PROJECT / step.script, *step.words]):
             sys.exit(status)
 
 
@@ -281,22 +278,6 @@ def run(words):
     if status == 0 and received:
         status = -received[-1]
     return 128 - status if status < 0 else status
-
-
-def finished_evaluation(step):
-    """Return the report of an evaluation that was done with the step's options; None without one."""
-    if not step.script.startswith("evaluate") or not report_path(step).exists():
-        return None
-    found = files.read_json(report_path(step), "the report of an evaluation")
-    config = {name: value for name, value in found.get("config", {}).items() if name != "versions"}
-    # Reports of earlier versions do not name the options that came later.
-    return found if config and config.items() <= options.config_of(step.args).items() else None
-
-
-def report_path(step):
-    """Return the path of the report that an evaluation writes."""
-    folder_of = evaluate_mtt.experiment_folder if step.script == "evaluate_mtt.py" else evaluate_idc.result_folder
-    return folder_of(step.args) / "report.json"
 
 
 if __name__ == "__main__":

@@ -1,38 +1,40 @@
 """Staged evaluation of networks on distilled unions, with two reference rows; the same for every base method."""
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
+from pathlib import Path
 
-from . import stages, training
-from .results import report
-from .run import distributed
+from . import training
+from .results import figures, report
+from .run import distributed, files
 from .run.checkpoint import finish_each, forget_finished
 from .run.device import versions
 from .run.errors import UserError
 from .run.log import Progress, print0
+from .stages import random_unions, staged_accuracies
+
+ROWS = {"distilled": "stages", "random": "random", "full": "full"}  # what networks are trained on: key of the report
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalModel:
-    """One architecture under evaluation.
+    """One architecture under evaluation; dicts have the keys of `ROWS`.
 
     Attributes:
         name: of the architecture.
-        count: networks trained on the distilled unions.
         network: function of k returning network k at its start.
-        config: function of the stage's index (from 0) returning the `TrainConfig` for its union.
-        random_config: the same for random real images.
-        full_config: `TrainConfig` for the full training set.
-        save: called with (k, network) after its last stage.
+        counts: how many networks to train; 0 leaves the row out.
+        configs: list of the `TrainConfig` for each union; for the full training set a list of one.
+        save: called with (k, network) after the last distilled union; None to save nothing.
     """
 
     name: str
-    count: int
     network: Callable
-    config: Callable
-    random_config: Callable
-    full_config: training.TrainConfig
-    save: Callable = lambda k, network: None
+    counts: dict
+    configs: dict
+    save: Callable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,112 +45,118 @@ class Evaluation:
         real: `RealData`.
         unions: the distilled unions as `ImageDataset`s, in order.
         ipc_totals: images of each class in each of them.
+        folder: of the result; receives report.json, and each finished network if the evaluation is interrupted.
         seed: of the random streams.
-        folder: of the result; keeps each finished network if the evaluation is interrupted.
-        random_networks: networks on random real images; 0 to leave the row out.
-        full_networks: networks on the full training set; 0 to leave the row out.
+        config: dict of the options that the accuracies depend on.
         checks: test accuracies measured in each stage, the last one at its end.
     """
 
     real: object
     unions: list
     ipc_totals: list
+    folder: Path
     seed: int
-    folder: object
-    random_networks: int
-    full_networks: int
+    config: dict
     checks: int = 1
 
-    def check(self):
-        """Refuse the row of random real images if a class has fewer images than it needs.
+    @functools.cached_property
+    def key(self):
+        """What one network's accuracies depend on: options without the choice of networks, data, and images."""
+        images = [[union.images, union.labels] for union in self.unions]
+        digest = files.digest([self.real.info.fingerprint, images, self.ipc_totals])
+        return report.comparable(self.config) | {"images": digest[:12]}
 
-        Raises:
-            UserError: a class has.
-        """
-        fewest = min(len(indices) for indices in self.real.class_indices)
-        if self.random_networks and max(self.ipc_totals) > fewest:
-            raise UserError(
-                f"the row of random real images needs {max(self.ipc_totals)} of each class, {self.real.info.name} has "
-                f"{fewest}; leave it out with --skip_random"
-            )
 
-    def run(self, model, config):
-        """Evaluate one `EvalModel`; `config` holds the options that its results depend on.
+def train_row(evaluation, model, kind):
+    """Train the networks of one of `ROWS`; returns for each network a list of stages, each a list of accuracies."""
+    real, config, seed = evaluation.real, model.configs[kind], evaluation.seed
 
-        Returns:
-            {"stages", "random", "full"}, accuracies in percent; rows left out are None.
-        """
-
-        def distilled(k):
-            network = model.network(k)
-            accuracies = self._staged(network, self.unions, model.config, ("distilled", model.name, k))
-            model.save(k, network)
-            return accuracies
-
-        def random(k):
-            unions = stages.random_unions(self.real, self.ipc_totals, self.seed, (k,))
-            return self._staged(model.network(k), unions, model.random_config, ("random", model.name, k))
-
-        def full(k):
-            network, keys = model.network(k), ("full", model.name, k)
-            progress = Progress(model.full_config.epochs, f"{model.name}, full training set, epoch")
+    def full(k, network):
+        with contextlib.closing(Progress(config[0].epochs, f"{model.name}, full training set, epoch")) as progress:
             after = lambda _epoch, loss: progress.update(loss=loss)  # noqa: E731
-            training.train(network, self.real.train, model.full_config, self.seed, keys, after_epoch=after)
-            progress.close()
-            return [[training.accuracy(network, self.real.test)]]
+            training.train(network, real.train, config[0], seed, (kind, model.name, k), after_epoch=after)
+        return [[training.accuracy(network, real.test)]]
 
-        def repeat(kind, count, work):
-            progress = Progress(len(distributed.share(range(count))), f"{model.name}, {kind}, network")
+    def staged(k, network):
+        unions = random_unions(real, evaluation.ipc_totals, seed, (k,)) if kind == "random" else evaluation.unions
+        keys, checks = (kind, model.name, k), evaluation.checks
+        accuracies = staged_accuracies(network, unions, config.__getitem__, real.test, seed, keys, checks=checks)
+        if kind == "distilled" and model.save:
+            model.save(k, network)
+        return accuracies
 
-            def one(k):
-                accuracies = work(k)
-                progress.update(accuracy=accuracies[-1][-1])
-                return accuracies
+    def work(k):
+        accuracies = (full if kind == "full" else staged)(k, model.network(k))
+        progress.update(accuracy=accuracies[-1][-1])
+        return accuracies
 
-            unions = [[union.images, union.labels] for union in self.unions] if kind == "distilled" else self.ipc_totals
-            key = [kind, model.name, config, unions, self.checks]
-            runs = finish_each(self.folder, f"{kind}-{model.name}", key, list(range(count)), one)
-            progress.close()
-            return runs
-
-        rows = report.stage_rows(self.ipc_totals, repeat("distilled", model.count, distilled))
-        references = {"random": (self.random_networks, random), "full": (self.full_networks, full)}
-        found = {"stages": rows}
-        for kind, (count, work) in references.items():
-            found[kind] = report.summary([run[-1] for run in repeat(kind, count, work)]) if count else None
-        return found
-
-    def _staged(self, network, unions, config_of, keys):
-        return stages.staged_accuracies(network, unions, config_of, self.real.test, self.seed, keys, checks=self.checks)
+    tasks, key = list(range(model.counts[kind])), [kind, model.name, evaluation.key]
+    with contextlib.closing(Progress(len(distributed.share(tasks)), f"{model.name}, {kind}, network")) as progress:
+        return finish_each(evaluation.folder, f"{kind}-{model.name}", key, tasks, work)
 
 
-def evaluate_and_report(evaluation, models, dataset, config, select_on, keeps="best"):
-    """Run an evaluation; writes report.json and accuracy.png into its folder and prints the table.
+def evaluate(evaluation, model, earlier):
+    """Return the report of one architecture: {"stages", "random", "full"}, accuracies in percent.
 
     Args:
         evaluation: `Evaluation`.
-        models: list of `EvalModel`s; the first one's rows stand at the top of the report.
-        dataset: its name.
-        config: dict of the options that the results depend on.
-        select_on: what accuracies inside the stages were measured on (`names.selected_on`).
-        keeps: which iteration's images a stage keeps: the `best` by these accuracies, or the `last`.
+        model: `EvalModel`.
+        earlier: its report by an earlier evaluation, {} without one. Rows of it that this one leaves out, or that are
+            of as many networks, are kept.
     """
-    results = {model.name: evaluation.run(model, config) for model in models}
-    first = models[0].name
+    found = {}
+    for kind, row in ROWS.items():
+        known, count = earlier.get(row), model.counts[kind]
+        saves = kind == "distilled" and model.save
+        if not count or (known and report.network_count(known) == count and not saves):
+            found[row] = known
+            continue
+        runs = train_row(evaluation, model, kind)
+        stages = report.stage_rows(evaluation.ipc_totals, runs) if kind == "distilled" else None
+        found[row] = stages or report.summary([run[-1] for run in runs])
+    return found
+
+
+def evaluate_and_report(evaluation, models, own, **about):
+    """Evaluate, write report.json and accuracy.png, and print the table.
+
+    An earlier report of the same images and options is completed; any other is replaced, with a note.
+
+    Args:
+        evaluation: `Evaluation`.
+        models: list of `EvalModel`s.
+        own: name of the distillation's own network, whose rows stand at the top of the report.
+        about: what the report says besides: dataset, select_on, keeps.
+
+    Raises:
+        UserError: a class has too few images for the row of random real images.
+    """
+    needed, fewest = max(evaluation.ipc_totals), min(map(len, evaluation.real.class_indices))
+    if needed > fewest and any(model.counts["random"] for model in models):
+        raise UserError(
+            f"the row of random real images needs {needed} of each class, {evaluation.real.info.name} has {fewest}; "
+            "leave it out with --skip_random"
+        )
+    path = Path(evaluation.folder) / "report.json"
+    before = distributed.on_rank0(lambda: report.earlier(path, evaluation.key))
+    earlier = before.get("models", {})
+    results = {model.name: evaluate(evaluation, model, earlier.get(model.name, {})) for model in models}
+    merged = earlier | results
+    first = own if own in merged else next(iter(merged))
+    merged = {first: merged[first], **merged}
+    done = merged == earlier
+    config = before["config"] if done else {**evaluation.config, "versions": versions()}
     content = {
-        "dataset": dataset,
+        **about,
         "model": first,
         "fingerprint": evaluation.real.info.fingerprint,
-        "select_on": select_on,
-        "keeps": keeps,
-        **results[first],
-        "models": results,
-        "config": {**config, "versions": versions()},
+        "images": evaluation.key["images"],
     }
+    content |= {**merged[first], "models": merged, "config": config}
     if distributed.is_rank0():
-        folder = evaluation.folder
-        figure = report.write_report(folder, content)
-        print0(f"{report.table(content)}\nreport: {folder / 'report.json'}\npicture: {figure}")
+        files.write_json(path, content)
+        figure = figures.draw_accuracy(path.with_name("accuracy.png"), content)
+        print0(f"{report.table(content)}\nreport: {path}\nfigure: {figure}" + "\ndone already" * done)
     for name in results:
-        for kind in ("distilled", "random", "full"):
+        for kind in ROWS:
             forget_finished(evaluation.folder, f"{kind}-{name}")

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import networks
-from tests.conftest import EXPERIMENT, STAGES, call, make_tree, run_script
+from tests.conftest import EXPERIMENT, STAGES, call, files_of, make_tree, run_script
 from tests.support.published import MTT_EXPERIMENT, SEED_COMMANDS, write_mtt
 from utils import training
 from utils.augment import DSA
 from utils.data import datasets
 from utils.results import names
 from utils.results.load import load_distilled
+from utils.results.report import table_rows
 from utils.run.streams import stream
 from utils.trajectories import load_buffer
 
@@ -79,12 +80,72 @@ def test_each_network_starts_from_its_own_expert_and_carries_momentum(evaluated,
 
 
 @pytest.mark.parametrize("mode", ["A", "P", "C"])
-def test_other_networks_are_in_one_report(mode, evaluate, distilled):
+def test_pools_of_networks(mode, evaluate, distilled):
     short = ["--num_eval", 1, "--epoch_eval_train", 1, "--override_load_path", EXPERIMENT]
     assert evaluate(*ALONE, *short, "--eval_mode", mode)[0] == 0
     found = json.loads((distilled / "report.json").read_text())
-    assert list(found["models"]) == networks.eval_pool(mode, "ConvNetW32")
+    assert set(networks.eval_pool(mode, "ConvNetW32")) <= set(found["models"])
     assert found["random"] is None and found["full"] is None
+
+
+def test_an_evaluation_with_other_networks_completes_the_report(evaluate, distilled, monkeypatch):
+    def report():
+        return json.loads((distilled / "report.json").read_text())
+
+    short = ["--num_eval", 1, "--epoch_eval_train", 2, "--full_epochs", 1]
+    status, message = evaluate(*ALONE, *short, "--eval_models", "ConvNetAS")
+    assert status == 0 and "report.json: replaced, its accuracies are of other images or options (" in message
+    assert "epoch_eval_train 1 there, 2 now" in message
+    first = report()
+    assert list(first["models"]) == ["ConvNetAS"] and first["model"] == "ConvNetAS"
+    status, message = evaluate(*short, "--skip_full", "--eval_models", "ConvNetNP,self")
+    assert status == 0 and "replaced" not in message
+    second = report()
+    assert list(second["models"]) == ["ConvNetW32", "ConvNetAS", "ConvNetNP"]
+    assert second["model"] == "ConvNetW32" and second["stages"] == second["models"]["ConvNetW32"]["stages"]
+    assert second["models"]["ConvNetAS"] == first["models"]["ConvNetAS"]
+    rows = [(row["network"], row["kind"], row["networks"]) for row in table_rows(second)]
+    expected = [("ConvNetW32", 2), ("ConvNetAS", 1), ("ConvNetNP", 1)]  # as many on random real images
+    assert rows == [
+        (name, kind, count) for name, count in expected for kind in ["stages"] * 3 + ["random"] * (name != "ConvNetAS")
+    ]
+    assert evaluate(*short, "--skip_random", "--eval_models", "self")[0] == 0
+    own = report()["models"]["ConvNetW32"]
+    assert own == second["models"]["ConvNetW32"] | {"full": own["full"]} and own["full"]["networks"] == 1
+
+    before = files_of(distilled)
+    monkeypatch.setattr(training, "train", None)  # nothing is left to train
+    assert evaluate(*short, "--eval_models", "self")[0] == 0
+    assert files_of(distilled) == before
+
+
+def test_a_report_of_other_images_is_replaced(evaluated, distilled, evaluate):
+    words = [*ALONE, "--num_experts", 1, "--epoch_eval_train", 1, "--eval_models"]
+    assert evaluate(*words, "ConvNetAS")[0] == 0
+    path = distilled / "interval3_epoch5-6" / "images_best.pt"
+    images = path.read_bytes()
+    torch.save(torch.load(path, weights_only=True).flip(-1), path)
+    status, message = evaluate(*words, "self")
+    path.write_bytes(images)
+    assert status == 0 and "report.json: replaced, its accuracies are of other images or options (images" in message
+    assert list(json.loads((distilled / "report.json").read_text())["models"]) == ["ConvNetW32"]
+
+
+def test_an_evaluation_that_continues_says_what_is_done(evaluate, distilled, monkeypatch):
+    words = [*ALONE, "--num_experts", 3, "--epoch_eval_train", 3]
+    tested, accuracy = [], training.accuracy
+
+    def stop_in_the_third(*arguments):
+        if len(tested) == 2 * 3:
+            raise KeyboardInterrupt
+        return tested.append(accuracy(*arguments)) or tested[-1]
+
+    monkeypatch.setattr(training, "accuracy", stop_in_the_third)
+    status, message = evaluate(*words)
+    assert status == 130 and re.search(r"ConvNetW32, distilled, network 2/3", message)
+    monkeypatch.setattr(training, "accuracy", accuracy)
+    status, message = evaluate(*words)
+    assert status == 0 and "distilled-ConvNetW32: 2 of 3 done already" in message
 
 
 def test_saved_models_are_lists_of_parameters(evaluate, distilled):
@@ -106,7 +167,36 @@ def test_stage_folders_can_be_named(evaluate, distilled):
 def test_stages_that_are_left_out_are_told(distilled, capsys):
     assert len(names.find_mtt_stages(distilled, 3)) == 3 and capsys.readouterr().err == ""
     assert len(names.find_mtt_stages(distilled, 2)) == 2
-    assert "--num_intervals 2 leaves out 1 more stages" in capsys.readouterr().err
+    assert "evaluating 2 of 3 stages; --num_intervals 3 evaluates all" in capsys.readouterr().err
+
+
+@pytest.fixture
+def copied(distilled, buffers, tmp_path, capsys, monkeypatch):
+    """A copy of the experiment, and a function that evaluates it: (folder, of words to (status, stderr))."""
+    folder = shutil.copytree(distilled, tmp_path / "Digits" / EXPERIMENT)
+    words = [*STAGES, *QUICK, *ALONE, "--buffer_path", buffers, "--save_path", tmp_path]
+    return folder, lambda *more: call("evaluate_mtt.py", *words, *more, capsys=capsys, monkeypatch=monkeypatch)
+
+
+def test_a_distillation_that_is_not_finished(copied):
+    folder, evaluate = copied
+    (folder / "interval3_epoch5-6" / "stage.json").unlink()  # its images are those of the best iteration so far
+    status, message = evaluate()
+    assert status == 2 and message == (
+        f"error: {folder}: expected 3 finished stages, found stages 1 to 2; finish with the same distillation "
+        "command, or evaluate what is there with --num_intervals 2\n"
+    )
+    status, message = evaluate("--num_intervals", 2)
+    assert status == 0 and "evaluating" not in message
+
+
+def test_stages_that_kept_their_first_images_are_told(copied):
+    folder, evaluate = copied
+    for stage, iteration in (("interval1_epoch1-2", 0), ("interval2_epoch3-4", 2), ("interval3_epoch5-6", 0)):
+        path = folder / stage / "stage.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"best_iteration": iteration}))
+    status, message = evaluate()
+    assert status == 0 and "warning: stage 1, 3: best at iteration 0" in message
 
 
 def run_published(number, published, epochs, tree, tmp_path):

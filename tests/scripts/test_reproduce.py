@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import evaluate_idc
+import evaluate_mtt
 from scripts import reproduce
 from tests.conftest import PROJECT, files_of, run_script
 from tests.support.published import SEED_COMMANDS
@@ -57,7 +59,7 @@ def test_rows_of_mtt_are_the_published_commands(number):
     assert found.pop("num_experts", None) == ((5, 100) if "Tiny" in published[1] else None)
     # The published evaluation names the folder and leaves out, or misspells, options that only name it, too.
     assert found.keys() <= {"batch_syn", "syn_steps"}
-    assert reproduce.report_path(evaluation).parent.name == folder
+    assert evaluate_mtt.experiment_folder(evaluation.args).name == folder
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -66,7 +68,7 @@ def test_rows_of_idc_are_the_published_commands(number):
     distillation, evaluation = steps_of(PUBLISHED[len(SEED_COMMANDS) + number])
     assert differences(distillation, words) == {}
     assert differences(evaluation, words.replace("--start-interval 0", "")) == {"repeat": (3, 1)}
-    assert str(reproduce.report_path(evaluation).parent) == f"results/{folder}"
+    assert str(evaluate_idc.result_folder(evaluation.args)) == f"results/{folder}"
 
 
 @pytest.mark.parametrize("scale", ["full", "small"])
@@ -79,7 +81,8 @@ def test_a_baseline_learns_as_many_images_in_one_stage(scale):
             args = distillation.args
             assert (args.ipc * args.num_intervals, args.num_intervals) == (total, stages)
             assert evaluation.args.ipc == args.ipc
-            folders.add(reproduce.report_path(evaluation))
+            folder_of = evaluate_mtt.experiment_folder if "mtt" in row else evaluate_idc.result_folder
+            folders.add(folder_of(evaluation.args))
         pdd, oneshot = (vars(steps_of(name, scale)[-2].args) for name in (row, row + "-oneshot"))
         free = {"ipc", "num_intervals", "tag", "lr_img_scaled"}
         free |= {"Iteration", "eval_it"} if scale == "small" and "Iteration" in pdd else set()

@@ -11,10 +11,12 @@ from tabulate import tabulate
 
 from ..run import files
 from ..run.errors import UserError
+from ..run.log import log0
 from . import names
 from .formats import read_image
 from .report import GRID_COLUMNS, table_rows
 
+REPORT = "report.json"
 WHAT = "the report of evaluate_mtt.py or evaluate_idc.py"
 COLUMNS = ("result", "data set", "method", "network", "trained on", "images per class", "accuracy", "std", "networks")
 
@@ -55,6 +57,11 @@ class EvaluatedResult:
         return f"{self.base}, {self.report['model']}"
 
     @property
+    def label(self):
+        """Data set, method, network, stages × images per class."""
+        return f"{self.report['dataset']}, {self.method}, {self.report['model']}, {self.sizes}"
+
+    @property
     def sizes(self):
         """Stages × images of each class that each of them learned."""
         stages, ipc = (self.report["config"][name] for name in ("num_intervals", "ipc"))
@@ -70,6 +77,21 @@ class EvaluatedResult:
         return any(key in row for log in self.logs.values() for row in log)
 
 
+def find(paths):
+    """Return the `EvaluatedResult`s in `paths`: folders of results, or folders that hold such, at any depth.
+
+    Raises:
+        UserError: there is none, or a report is damaged.
+    """
+    found = []
+    for path in map(Path, paths):
+        reports = [path / REPORT] if (path / REPORT).exists() else sorted(path.rglob(REPORT))
+        if not reports and len(paths) > 1:
+            log0(f"note: {path}: left out, it holds no report; evaluate the result first")
+        found += [report.parent for report in reports]
+    return [read(folder) for folder in dict.fromkeys(found or paths)]
+
+
 def read(folder):
     """Return the `EvaluatedResult` in `folder`.
 
@@ -77,7 +99,7 @@ def read(folder):
         UserError: there is no report.json, or it is damaged.
     """
     folder = Path(folder)
-    path = folder / "report.json"
+    path = folder / REPORT
     if not path.exists():
         raise UserError(f"{folder}: expected {WHAT} (report.json), found none; evaluate the result first")
     result = EvaluatedResult(folder, files.read_json(path, WHAT), {}, {})

@@ -1,26 +1,35 @@
-"""Figures that compare the results of several distillations."""
+"""Figures of evaluated results: one report's accuracies, and several results side by side.
+
+matplotlib is imported where a figure is drawn: it takes seconds.
+"""
 
 import itertools
 import math
 
-import matplotlib
 import numpy as np
 
-from .report import save_figure
+from ..run import files
 
-matplotlib.use("Agg")
-from matplotlib import colormaps, pyplot
+
+def draw_accuracy(path, report):
+    """Draw accuracy against stage, a curve for each network of `report` (the dict of report.json); returns `path`."""
+    figure = accuracy_by_stage(list(report["models"].items()))
+    figure.axes[0].set_title(f"{report['dataset']}: networks trained on the unions in order", fontsize=9)
+    save_figure(path, figure)
+    return path
 
 
 def draw_all(results, out):
     """Draw all that `results` (list of `compare.EvaluatedResult`) can show into the folder `out`; returns the paths."""
-    names = labels(results)
-    made = {"accuracy_stage": accuracy_by_stage(results, names), "accuracy_ipc": accuracy_by_ipc(results)}
+    names = [f"{number}: {result.label}" for number, result in enumerate(results, 1)]
+    named = dict(zip(names, results, strict=True))
+    own = [(name, result.report) for name, result in named.items()]
+    made = {"accuracy_stage": accuracy_by_stage(own), "accuracy_ipc": accuracy_by_ipc(results)}
     for key, words, smooth in (("loss", "matching loss", True), ("syn_lr", "synthetic learning rate", False)):
-        logged = {name: result for name, result in zip(names, results, strict=True) if result.measured(key)}
+        logged = {name: result for name, result in named.items() if result.measured(key)}
         if logged:
             made[key] = curves(logged, key, words, smooth)
-    for number, (name, result) in enumerate(zip(names, results, strict=True), 1):
+    for number, (name, result) in enumerate(named.items(), 1):
         if result.images:
             made[f"images_{number}"] = grids(result.images, name)
     for name, figure in made.items():
@@ -28,20 +37,28 @@ def draw_all(results, out):
     return [out / f"{name}.png" for name in made]
 
 
-def labels(results):
-    """Return a name for each result: its number in the table, method, network, stages × images per class."""
-    names = []
-    for number, result in enumerate(results, 1):
-        dataset, model = result.report["dataset"], result.report["model"]
-        names.append(f"{number}: {dataset}, {result.method}, {model}, {result.sizes}")
-    return names
+def pyplot():
+    """Return matplotlib's pyplot, drawing without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_figure(path, figure):
+    """Write a matplotlib figure as PNG, atomically, and close it."""
+    with files.atomic(path) as file:
+        figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
+    pyplot().close(figure)
 
 
 def panels(count, width=5.0, height=3.8):
     """Return (figure, list of `count` axes), at most three in a row."""
     columns = min(count, 3)
     lines = math.ceil(count / columns)
-    figure, axes = pyplot.subplots(
+    figure, axes = pyplot().subplots(
         lines, columns, figsize=(width * columns, height * lines), squeeze=False, layout="constrained"
     )
     for axis in axes.flat[count:]:
@@ -61,22 +78,39 @@ def points(axis, across, rows, **style):
     axis.errorbar(across, means, yerr=spread, capsize=3, **style)
 
 
-def accuracy_by_stage(results, names):
-    """A curve for each result in stages, its own network, with a cross for random real images; a line for one-shot."""
+def accuracy_by_stage(entries):
+    """A curve for each of `entries`, pairs of a label and the stages and reference rows of one network.
+
+    A result of one stage is a level; random real images are a cross at the last stage, the full training set is a
+    thin level.
+    """
     figure, (axis,) = panels(1, 7.0, 5.0)
-    for number, (name, result) in enumerate(zip(names, results, strict=True)):
-        stages, colour = result.report["stages"], f"C{number % 10}"
-        if not result.staged:
+    for number, (label, rows) in enumerate(entries):
+        stages, colour = rows["stages"], f"C{number % 10}"
+        if len(stages) > 1:
+            points(axis, [row["stage"] for row in stages], stages, fmt="o-", color=colour, label=label)
+        else:
             mean, std = stages[-1]["accuracy_mean"], stages[-1]["accuracy_std"]
-            axis.axhline(mean, color=colour, linestyle="--", label=name)
+            axis.axhline(mean, color=colour, linestyle="--", label=label)
             axis.axhspan(mean - std, mean + std, color=colour, alpha=0.12, linewidth=0)
-            continue
-        points(axis, [row["stage"] for row in stages], stages, fmt="o-", color=colour, label=name)
-        if result.report.get("random"):
-            points(axis, [stages[-1]["stage"]], [result.report["random"]], fmt="x", color=colour)
-    axis.set_xticks(range(1, max(len(result.report["stages"]) for result in results) + 1))
-    axis.set_title("×: as many random real images", fontsize=9)
-    finish(axis, "stage", "test accuracy (%)", loc="upper left", bbox_to_anchor=(0, -0.13))
+        if rows.get("random"):
+            points(axis, [stages[-1]["stage"]], [rows["random"]], fmt="x", color=colour)
+        if rows.get("full"):
+            axis.axhline(rows["full"]["accuracy_mean"], color=colour, linestyle="-.", linewidth=1)
+    if any(rows.get("random") for _, rows in entries):
+        axis.plot([], [], "x", color="grey", label="as many random real images")
+    if any(rows.get("full") for _, rows in entries):
+        axis.plot([], [], "-.", color="grey", linewidth=1, label="full training set")
+    totals = {}
+    for _, rows in entries:
+        for row in rows["stages"]:
+            totals.setdefault(row["stage"], set()).add(row["ipc_total"])
+    alike = all(len(found) == 1 for found in totals.values())
+    axis.set_xticks(
+        sorted(totals), [f"{stage}\n({min(totals[stage])})" if alike else stage for stage in sorted(totals)]
+    )
+    across = "stage (images per class in all)" if alike else "stage"
+    finish(axis, across, "test accuracy (%)", loc="upper left", bbox_to_anchor=(0, -0.15))
     return figure
 
 
@@ -121,7 +155,7 @@ def curves(results, key, words, smooth):
             if not found:
                 continue
             across, values = map(np.array, zip(*found, strict=True))
-            colour = colormaps["viridis"]((stage - 1) / max(len(result.logs) - 1, 1) * 0.9)
+            colour = pyplot().get_cmap("viridis")((stage - 1) / max(len(result.logs) - 1, 1) * 0.9)
             width = max(1, len(values) // 20) if smooth else 1
             if width > 1:
                 axis.plot(across, values, color=colour, alpha=0.25, linewidth=0.7)
@@ -138,7 +172,7 @@ def grids(images, name):
     widths = [grid.shape[1] for grid in images.values()]
     wide, high = sum(widths), max(grid.shape[0] for grid in images.values())
     inch = min(1 / 130, 18 / wide, 18 / high)  # of a pixel
-    figure, axes = pyplot.subplots(
+    figure, axes = pyplot().subplots(
         1,
         len(widths),
         figsize=(max(wide * inch, 3.0), high * inch + 0.6),

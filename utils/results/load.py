@@ -1,5 +1,7 @@
 """`load_distilled`: distilled sets as datasets to train on, from results of both methods and from exports."""
 
+import functools
+
 import torch
 from torch.utils.data import TensorDataset
 
@@ -31,7 +33,8 @@ class DistilledSet(TensorDataset):
         self.images, self.labels, self.stage, self.syn_lr = images, labels, stage, syn_lr
         self.info, self.about = info, about or {}
         self.num_classes, self.class_names = info.num_classes, info.class_names
-        self._pixels = pixels
+        if pixels is not None:
+            self.exact_pixels = pixels
 
     @property
     def transform(self):
@@ -42,16 +45,19 @@ class DistilledSet(TensorDataset):
         """
         return self.info.transform
 
-    @property
-    def pixels(self):
-        """The images in pixels (N, C, H, W), clipped to [0, 1].
+    @functools.cached_property
+    def exact_pixels(self):
+        """The images in pixels (N, C, H, W), of which some may be outside [0, 1].
 
         Raises:
             UserError: the set is whitened and the transform is not known.
         """
-        if self._pixels is None:
-            self._pixels = self.info.to_pixels(self.images)
-        return self._pixels.clamp(0, 1)
+        return self.info.to_pixels(self.images)
+
+    @property
+    def pixels(self):
+        """`exact_pixels` clipped to [0, 1]."""
+        return self.exact_pixels.clamp(0, 1)
 
     def __getitem__(self, index):
         image, label = super().__getitem__(index)

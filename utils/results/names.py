@@ -1,5 +1,6 @@
 """Where results lie: folder names in the grammar of the published code, and the summary of each finished stage."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -44,15 +45,15 @@ def mtt_stages(experiment):
 
 
 def find_mtt_stages(experiment, stages, names=None):
-    """Return the folders of the stages of a finished experiment, found by their names, not by options.
+    """Return the folders of the first `stages` stages of an experiment, found by their names, not by options.
 
     Args:
         experiment: folder.
-        stages: how many (num_intervals).
+        stages: how many (num_intervals); with a note if there are more.
         names: folder names instead of those that are found.
 
     Raises:
-        UserError: one is missing.
+        UserError: one is missing or not finished.
     """
     experiment = Path(experiment)
     if not experiment.is_dir():
@@ -66,18 +67,42 @@ def find_mtt_stages(experiment, stages, names=None):
                 f"--override_interval_names: expected {stages} names joined by dots (num_intervals), found {len(names)}"
             )
         return [experiment / name for name in names]
-    if stages == 1 and (experiment / "images_best.pt").exists():
-        return [experiment]
-    found = mtt_stages(experiment)
-    for stage in range(1, stages + 1):
-        if len(found.get(stage, [])) != 1:
-            raise UserError(
-                f"{experiment}: expected one folder interval{stage}_epoch…, found {len(found.get(stage, []))}; "
-                "check --num_intervals, or name the folders with --override_interval_names"
-            )
-    if more := len(found) - stages:
-        log0(f"note: {experiment}: --num_intervals {stages} leaves out {more} more stages")
+    found = mtt_stages(experiment) or {1: [experiment]}  # a single stage is in the experiment's own folder
+    if doubled := next((stage for stage in range(1, stages + 1) if len(found.get(stage, [])) > 1), None):
+        raise UserError(
+            f"{experiment}: expected one folder interval{doubled}_epoch…, found {len(found[doubled])}; name the "
+            "folders with --override_interval_names"
+        )
+    learned = [
+        stage
+        for stage, (folder, *_) in found.items()
+        if is_learned(folder / STAGE_FILE, folder / "images_best.pt", folder / "metrics.jsonl")
+    ]
+    check_stages(experiment, learned, stages)
     return [found[stage][0] for stage in range(1, stages + 1)]
+
+
+def is_learned(summary, data, log):
+    """True if the files of a stage say that it has learned its subset; a published one has `data` alone."""
+    return summary.exists() or (data.exists() and not log.exists())
+
+
+def check_stages(folder, learned, stages):
+    """Compare the stages of a result that are `learned` with how many are to be evaluated; notes those left out.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    count = next(stage for stage in itertools.count() if stage + 1 not in learned)
+    if count < stages:
+        advice = f", or evaluate what is there with --num_intervals {count}" if count else ""
+        found = f"stages 1 to {count}" if count > 1 else "stage 1 alone" if count else "none"
+        raise UserError(
+            f"{folder}: expected {stages} finished stages, found {found}; finish with the same distillation "
+            f"command{advice}"
+        )
+    if count > stages:
+        log0(f"note: {folder}: evaluating {stages} of {count} stages; --num_intervals {count} evaluates all")
 
 
 def read_mtt_stage(folder):
@@ -155,6 +180,24 @@ def read_idc_stage(folder, stage):
     """
     path = idc_summary(folder, stage)
     return files.read_json(path, "the summary of a finished stage", {"complete": bool}) if path.exists() else {}
+
+
+def dataset_title(name, subdir):
+    """Return how reports call a data set: own images and parts of ImageNet by the name in their results' `subdir`."""
+    return subdir.split("/")[1] if "/" in subdir else name
+
+
+def idc_stages(folder):
+    """Return the stages (from 1) of a PDD+IDC result that have learned their subsets."""
+    found, stage = [], 1
+    while is_learned(
+        idc_summary(folder, stage),
+        Path(folder) / f"interval_{stage - 1}_data.pt",
+        Path(folder) / f"interval_{stage - 1}_metrics.jsonl",
+    ):
+        found.append(stage)
+        stage += 1
+    return found
 
 
 def selection(config):

@@ -1,5 +1,6 @@
-"""The report of an evaluation: its rows, table, files and curves, and grids of images."""
+"""The report of an evaluation: its rows and table, and what is kept of an earlier one; grids of images."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -7,9 +8,15 @@ import torch
 from tabulate import tabulate
 
 from ..run import files
+from ..run.log import log0
 
 SELECTED = {"test": "the test set", "val": "held-out training images", "unknown": "unknown (nothing says it)"}
 GRID_COLUMNS = 50
+# Options of an evaluation that choose networks and rows: the accuracies of one network do not depend on them.
+NETWORK_CHOICE = (
+    *("eval_models", "eval_mode", "num_experts", "num_eval", "repeat", "skip_random", "skip_full", "full_networks"),
+    *("save_model", "save_model_prefix", "save_ckpt", "versions"),
+)
 
 
 def mean_std(values):
@@ -77,13 +84,42 @@ def table_rows(report):
     return rows
 
 
+def network_count(row):
+    """Return how many networks a row of a report is the mean of: `stages`, or a reference row."""
+    return (row[-1] if isinstance(row, list) else row).get("networks")
+
+
 def _networks(config, model, kind):
-    """Return how many networks a row is the mean of, for reports of earlier versions, which do not say it."""
+    """Return the `networks` of a row in reports of earlier versions, which do not say it."""
     if kind == "full":
         return config["full_networks"]
     if "factor" in config:  # PDD+IDC
         return config["repeat"]
     return config["num_experts" if kind == "stages" and model == config["model"] else "num_eval"]
+
+
+def comparable(config):
+    """Return the options of an evaluation that one network's accuracies depend on."""
+    return json.loads(json.dumps({name: value for name, value in config.items() if name not in NETWORK_CHOICE}))
+
+
+def earlier(path, key):
+    """Return the report of an earlier evaluation that can be completed; {} without one.
+
+    Args:
+        path: of report.json.
+        key: dict of the options (`comparable`) and of the digest "images".
+
+    Raises:
+        UserError: the report is damaged.
+    """
+    if not Path(path).is_file():
+        return {}
+    found = files.read_json(path, "the report of an evaluation", {"models": dict, "config": dict})
+    if changed := files.differing(found["config"] | {"images": found.get("images")}, key):
+        log0(f"note: {path}: replaced, its accuracies are of other images or options ({changed})")
+        return {}
+    return found
 
 
 def plus_minus():
@@ -114,53 +150,6 @@ def table(report):
         how = "kept: the last iteration; watched" if report.get("keeps") == "last" else "selected"
         text += f"\n{how} on: {images}"
     return text
-
-
-def write_report(folder, report):
-    """Write report.json and accuracy.png into `folder`; returns the path of the latter."""
-    files.write_json(Path(folder) / "report.json", report)
-    path = Path(folder) / "accuracy.png"
-    draw_accuracy(path, report)
-    return path
-
-
-def draw_accuracy(path, report):
-    """Draw accuracy against stage (total images per class), one curve for each network of `report`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7.2, 4.2))
-    levels = {"random": (":", "random real images"), "full": ("--", "full training set")}
-    for number, (name, result) in enumerate(report["models"].items()):
-        stages = result["stages"]
-        across, means, spread = ([row[key] for row in stages] for key in ("stage", "accuracy_mean", "accuracy_std"))
-        axes.errorbar(across, means, yerr=spread, marker="o", capsize=3, color=f"C{number}", label=name)
-        for kind, (style, _) in levels.items():
-            if result.get(kind):
-                axes.axhline(result[kind]["accuracy_mean"], color=f"C{number}", linestyle=style, linewidth=1)
-    for kind, (style, words) in levels.items():
-        if any(result.get(kind) for result in report["models"].values()):
-            axes.plot([], [], color="grey", linestyle=style, linewidth=1, label=words)
-    axes.set_xticks(across)
-    axes.set_xticklabels([f"{row['stage']}\n({row['ipc_total']})" for row in stages])
-    axes.set_xlabel("stage (total images per class)")
-    axes.set_ylabel("test accuracy (%)")
-    axes.set_title(f"{report['dataset']}: networks trained on the unions in order", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
-    figure.tight_layout()
-    save_figure(path, figure)
-
-
-def save_figure(path, figure):
-    """Write a matplotlib figure as PNG, atomically, and close it."""
-    from matplotlib import pyplot
-
-    with files.atomic(path) as file:
-        figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def save_grid(path, pixels, labels, upscale_to=64):

@@ -12,6 +12,7 @@ import torch
 
 from . import distributed, files, signals
 from .errors import UserError
+from .log import log0
 
 PARTIAL = "partial"  # folder of finished units, beside the results that they become part of
 
@@ -130,6 +131,8 @@ def finish_each(folder, name, key, tasks, work):
         return {task: value["result"] for task, value in found.items() if value}
 
     results = distributed.on_rank0(finished)
+    if results:
+        log0(f"{name}: {len(results)} of {len(tasks)} done already")
     mine = distributed.share([task for task in tasks if task not in results])
     for task in mine:
         signals.stop_if_asked()

@@ -65,7 +65,7 @@ def test_the_table_holds_every_number_of_the_reports(folders, tmp_path):
         rows = list(csv.DictReader(file))
     expected = []
     for number, (found, method, counts) in enumerate(
-        zip(reports, ("PDD+MTT", "MTT one-shot", "PDD+IDC"), ((3, 2), (2, 2), (2, 2)), strict=True), 1
+        zip(reports, ("PDD+MTT", "MTT one-shot", "PDD+IDC"), ((3, 3), (2, 2), (2, 2)), strict=True), 1
     ):
         last = str(found["stages"][-1]["ipc_total"])
         for row in found["stages"]:
@@ -102,10 +102,34 @@ def test_reports_of_earlier_versions_do_not_count_their_networks(number, folders
         for row in (*result["stages"], result["random"], result["full"]):
             if row:
                 del row["networks"]
+    found["config"]["num_eval"] = expected[-2][-1]  # which they trained on random real images
     (tmp_path / "report.json").write_text(json.dumps(found))
     assert compare.rows([compare.read(tmp_path)]) == expected and all(row[-1] >= 1 for row in expected)
     columns = [line.split() for line in report.table(found).splitlines()]
     assert [line[-1] for line in columns[2 : 2 + len(expected)]] == [str(row[-1]) for row in expected]
+
+
+def test_a_root_holds_results_at_any_depth(folders, tmp_path, command):
+    (tmp_path / "results" / "folder" / "pets" / "32").mkdir(parents=True)
+    own = tmp_path / "results" / "folder" / "pets" / "32" / "experiment"
+    shutil.copytree(folders[0], own)
+    content = json.loads((own / "report.json").read_text()) | {"dataset": "pets"}
+    (own / "report.json").write_text(json.dumps(content))
+    status, printed, _ = command(tmp_path / "results", folders[1].parent, folders[1])
+    assert status == 0 and printed.splitlines()[2].split("|")[2].strip() == "pets"
+    assert printed.splitlines()[-3:] == [f"1. {own}", f"2. {folders[0]}", f"3. {folders[1]}"]
+    figure = figures.accuracy_by_ipc([compare.read(own)])
+    assert figure.axes[0].get_title() == "pets"
+
+
+def test_one_figure_shows_all_networks_of_a_report(folders):
+    found = json.loads((folders[0] / "report.json").read_text())
+    (own,) = found["models"].values()
+    axis = figures.accuracy_by_stage([("ConvNetW32", own), ("VGG11", own | {"random": None, "full": None})]).axes[0]
+    assert {"ConvNetW32", "VGG11"} <= series(axis).keys()
+    assert [x.get_text() for x in axis.get_xticklabels()] == ["1\n(1)", "2\n(2)", "3\n(3)"]
+    levels = [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "-." and len(line.get_ydata())]
+    assert levels == [own["full"]["accuracy_mean"]]
 
 
 def test_tables_without_unicode(folders, monkeypatch):
@@ -144,10 +168,10 @@ def test_accuracies_are_drawn_where_they_were_measured(folders):
     levels = {line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "-."}
     assert levels == {result.report["full"]["accuracy_mean"] for result in results}
 
-    axis = figures.accuracy_by_stage(results, figures.labels(results)).axes[0]
+    axis = figures.accuracy_by_stage([(result.label, result.report) for result in results]).axes[0]
     drawn = series(axis)
-    assert [x for x, *_ in drawn["1: Digits, PDD+MTT, ConvNetW32, 3 × 1"]] == [1, 2, 3]
-    (level,) = (line for line in axis.lines if line.get_label() == "2: Digits, MTT one-shot, ConvNetW32, 1 × 3")
+    assert [x for x, *_ in drawn["Digits, PDD+MTT, ConvNetW32, 3 × 1"]] == [1, 2, 3]
+    (level,) = (line for line in axis.lines if line.get_label() == "Digits, MTT one-shot, ConvNetW32, 1 × 3")
     assert level.get_ydata()[0] == results[1].report["stages"][0]["accuracy_mean"]
 
 

@@ -45,21 +45,24 @@ def test_stages_of_trajectory_matching():
 
 
 def make_stages(experiment, *folders):
+    """Make folders of stages as the published code leaves them."""
     for folder in folders:
         (experiment / folder).mkdir(parents=True)
+        (experiment / folder / "images_best.pt").touch()
     return experiment
 
 
 def test_stages_are_found_whatever_options_made_them(tmp_path, capsys):
-    made = ["interval1_epoch1-5", "interval2_epoch9-20", "interval10_epoch1-2"]
-    experiment = make_stages(tmp_path / "e", *made, "interval3", "interval3_epoch", "old_interval3_epoch1-2")
+    made = ["interval1_epoch1-5", "interval2_epoch9-20", "interval3_epoch1-2"]
+    experiment = make_stages(tmp_path / "e", *made, "interval4", "interval4_epoch", "old_interval4_epoch1-2")
     assert names.mtt_stages(experiment) == {
         1: [experiment / made[0]],
         2: [experiment / made[1]],
-        10: [experiment / made[2]],
+        3: [experiment / made[2]],
     }
     assert names.find_mtt_stages(experiment, 2) == [experiment / made[0], experiment / made[1]]
-    assert capsys.readouterr().err == f"note: {experiment}: --num_intervals 2 leaves out 1 more stages\n"
+    note = f"note: {experiment}: evaluating 2 of 3 stages; --num_intervals 3 evaluates all\n"
+    assert capsys.readouterr().err == note
     assert names.find_mtt_stages(experiment, 2, ["b", "a"]) == [experiment / "b", experiment / "a"]
 
 
@@ -74,7 +77,8 @@ def test_a_single_stage_may_be_in_the_experiments_own_folder(tmp_path):
     "folders,stages,given,words",
     [
         (None, 1, None, "expected the folder of a distillation, found none"),
-        (["interval1_epoch1-5"], 2, None, "expected one folder interval2_epoch…, found 0; check --num_intervals"),
+        (["interval1_epoch1-5"], 2, None, "expected 2 finished stages, found stage 1 alone; finish with the same"),
+        (["interval2_epoch6-10"], 2, None, "found none; finish with the same distillation command"),
         (["interval1_epoch1-5", "interval1_epoch1-6"], 1, None, "expected one folder interval1_epoch…, found 2"),
         (["a", "b"], 2, ["a"], "--override_interval_names: expected 2 names joined by dots (num_intervals), found 1"),
     ],
@@ -167,6 +171,20 @@ def test_networks_in_folder_names_differ():
     assert set(found) == {f"{kind}{norm}{width}" for kind in kinds for norm in ("in", "") for width in ("", "_w0.25")}
     for net_type in ("densenet", "efficient"):  # SPEC 8.18
         assert names.idc_model(IDC | {"net_type": net_type, "norm_type": "batch"}) == net_type
+
+
+def test_a_stage_has_learned_if_its_summary_says_so_or_it_is_published(tmp_path):
+    files.write_json(tmp_path / "interval_0.json", {"complete": True})
+    (tmp_path / "interval_1_data.pt").touch()  # as the published code leaves it
+    (tmp_path / "interval_2_data.pt").touch()
+    assert names.idc_stages(tmp_path) == [1, 2, 3]
+    (tmp_path / "interval_2_metrics.jsonl").touch()
+    assert names.idc_stages(tmp_path) == [1, 2]
+
+
+def test_data_sets_in_parts_are_called_by_them():
+    found = [names.dataset_title(*pair) for pair in (("CIFAR10", "cifar10"), ("folder", "folder/pets/32"))]
+    assert found == ["CIFAR10", "pets"]
 
 
 def test_summaries_of_stages(tmp_path):
