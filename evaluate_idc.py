@@ -81,6 +81,8 @@ def main():
         folder=folder,
         seed=args.seed,
         config=options.config_of(args),
+        random=not args.skip_random,
+        full_networks=0 if args.skip_full else args.full_networks,
         checks=args.checks,
     )
     dataset, own = names.dataset_title(args.data, idc_options.dataset_subdir(args)), names.idc_model(vars(args))
@@ -144,20 +146,15 @@ def eval_model(name, args, real, unions):
     def save(k, network):
         files.save(result_folder(args) / f"evaluated_{title}_{k}.pt", training.state_on_cpu(network))
 
-    configs = [config(index) for index in range(len(unions))]
+    configs, full_config = (
+        [config(index) for index in range(len(unions))],
+        idc_options.train_config(args, args.full_epochs),
+    )
     return EvalModel(
         name=title,
         network=lambda k: training.new_network(spec, real, args.seed, "evaluated", title, k),
-        counts={
-            "distilled": args.repeat,
-            "random": 0 if args.skip_random else args.repeat,
-            "full": 0 if args.skip_full else args.full_networks,
-        },
-        configs={
-            "distilled": configs,
-            "random": configs,
-            "full": [idc_options.train_config(args, args.full_epochs)],
-        },
+        count=args.repeat,
+        configs={"distilled": configs, "random": configs, "full": [full_config]},
         save=save if args.save_ckpt else None,
     )
 

@@ -94,6 +94,8 @@ def main():
             folder=experiment,
             seed=args.seed,
             config={**options.config_of(args), "starts": "experts" if starts else "random"},
+            random=not args.skip_random,
+            full_networks=0 if args.skip_full else args.full_networks,
         )
         dataset = names.dataset_title(args.dataset, mtt.dataset_subdir(args))
         select_on = names.selected_on(summaries)
@@ -137,7 +139,6 @@ def find_starts(args, real):
 def eval_model(name, args, real, unions, starts, experiment):
     """Return the `EvalModel` of one architecture."""
     dsa, own = DSA(args.dsa_strategy), name == args.model
-    count = args.num_experts if own else args.num_eval
 
     def network(k):
         network = training.new_network(name, real, args.seed, "start", name, k)
@@ -157,11 +158,7 @@ def eval_model(name, args, real, unions, starts, experiment):
     return EvalModel(
         name=name,
         network=network,
-        counts={
-            "distilled": count,
-            "random": 0 if args.skip_random else count,
-            "full": 0 if args.skip_full else args.full_networks,
-        },
+        count=args.num_experts if own else args.num_eval,
         configs={
             "distilled": [union_config(index) for index in range(len(unions))],
             "random": [real_config] * len(unions),

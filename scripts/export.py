@@ -102,16 +102,13 @@ def describe(found, sets):
     """Return the dict of how {stage: `DistilledSet`} of a `Distillation` were made."""
     data = sets[max(sets)]
     stages = []
-    for stage in range(1, max(sets) + 1):
-        summary = read_mtt_stage(found.stages[stage]) if found.method == "PDD+MTT" and stage in sets else {}
-        stages.append(
-            {
-                "stage": stage,
-                "pictures": int((data.stage == stage).sum()),  # the file format's word
-                "syn_lr": sets[stage].syn_lr if stage in sets else None,
-                **{key: summary[key] for key in ("best_accuracy", "best_iteration", "select_on") if key in summary},
-            }
-        )
+    for stage in range(1, max(sets) + 1):  # a folder of one stage holds the images of all before, but not their files
+        row = {"stage": stage, "pictures": int((data.stage == stage).sum()), "syn_lr": None}  # the file format's word
+        if stage in sets:
+            summary = read_mtt_stage(found.stages[stage]) if found.method == "PDD+MTT" else {}
+            row["syn_lr"] = sets[stage].syn_lr
+            row |= {key: summary[key] for key in ("best_accuracy", "best_iteration", "select_on") if key in summary}
+        stages.append(row)
     return {
         **data.about,
         "source": str(found.folder),

@@ -20,19 +20,19 @@ ROWS = {"distilled": "stages", "random": "random", "full": "full"}  # what netwo
 
 @dataclasses.dataclass(frozen=True)
 class EvalModel:
-    """One architecture under evaluation; dicts have the keys of `ROWS`.
+    """One architecture under evaluation.
 
     Attributes:
         name: of the architecture.
         network: function of k returning network k at its start.
-        counts: how many networks to train; 0 leaves the row out.
-        configs: list of the `TrainConfig` for each union; for the full training set a list of one.
+        count: networks trained on distilled images, and as many on random real ones.
+        configs: {one of `ROWS`: list of the `TrainConfig` for each union}; for the full training set a list of one.
         save: called with (k, network) after the last distilled union; None to save nothing.
     """
 
     name: str
     network: Callable
-    counts: dict
+    count: int
     configs: dict
     save: Callable | None = None
 
@@ -48,6 +48,8 @@ class Evaluation:
         folder: of the result; receives report.json, and each finished network if the evaluation is interrupted.
         seed: of the random streams.
         config: dict of the options that the accuracies depend on.
+        random: False to leave out the row of random real images.
+        full_networks: networks trained on the full training set; 0 to leave out this row.
         checks: test accuracies measured in each stage, the last one at its end.
     """
 
@@ -57,73 +59,74 @@ class Evaluation:
     folder: Path
     seed: int
     config: dict
+    random: bool = True
+    full_networks: int = 1
     checks: int = 1
 
     @functools.cached_property
     def key(self):
-        """What one network's accuracies depend on: options without the choice of networks, data, and images."""
+        """What one network's accuracies depend on: options but for the choice of networks, data, and images."""
         images = [[union.images, union.labels] for union in self.unions]
         digest = files.digest([self.real.info.fingerprint, images, self.ipc_totals])
         return report.comparable(self.config) | {"images": digest[:12]}
 
 
-def train_row(evaluation, model, kind):
-    """Train the networks of one of `ROWS`; returns for each network a list of stages, each a list of accuracies."""
-    real, config, seed = evaluation.real, model.configs[kind], evaluation.seed
-
-    def full(k, network):
-        with contextlib.closing(Progress(config[0].epochs, f"{model.name}, full training set, epoch")) as progress:
+def train_and_test(shared, model, kind, k):
+    """Train network k for one of `ROWS`; returns a list of stages, each the list of its accuracies in percent."""
+    network, configs, keys = model.network(k), model.configs[kind], (kind, model.name, k)
+    if kind == "full":
+        with contextlib.closing(Progress(configs[0].epochs, f"{model.name}, full training set, epoch")) as progress:
             after = lambda _epoch, loss: progress.update(loss=loss)  # noqa: E731
-            training.train(network, real.train, config[0], seed, (kind, model.name, k), after_epoch=after)
-        return [[training.accuracy(network, real.test)]]
-
-    def staged(k, network):
-        unions = random_unions(real, evaluation.ipc_totals, seed, (k,)) if kind == "random" else evaluation.unions
-        keys, checks = (kind, model.name, k), evaluation.checks
-        accuracies = staged_accuracies(network, unions, config.__getitem__, real.test, seed, keys, checks=checks)
-        if kind == "distilled" and model.save:
-            model.save(k, network)
-        return accuracies
-
-    def work(k):
-        accuracies = (full if kind == "full" else staged)(k, model.network(k))
-        progress.update(accuracy=accuracies[-1][-1])
-        return accuracies
-
-    tasks, key = list(range(model.counts[kind])), [kind, model.name, evaluation.key]
-    with contextlib.closing(Progress(len(distributed.share(tasks)), f"{model.name}, {kind}, network")) as progress:
-        return finish_each(evaluation.folder, f"{kind}-{model.name}", key, tasks, work)
+            training.train(network, shared.real.train, configs[0], shared.seed, keys, after_epoch=after)
+        return [[training.accuracy(network, shared.real.test)]]
+    unions = shared.unions
+    if kind == "random":
+        unions = random_unions(shared.real, shared.ipc_totals, shared.seed, (k,))
+    test, config_of = shared.real.test, configs.__getitem__
+    accuracies = staged_accuracies(network, unions, config_of, test, shared.seed, keys, checks=shared.checks)
+    if kind == "distilled" and model.save:
+        model.save(k, network)
+    return accuracies
 
 
-def evaluate(evaluation, model, earlier):
-    """Return the report of one architecture: {"stages", "random", "full"}, accuracies in percent.
+def evaluate(shared, model, earlier):
+    """Return the report of one architecture: {"stages", "random", "full"}.
 
     Args:
-        evaluation: `Evaluation`.
+        shared: `Evaluation`.
         model: `EvalModel`.
         earlier: its report by an earlier evaluation, {} without one. Rows of it that this one leaves out, or that are
             of as many networks, are kept.
     """
     found = {}
+    counts = {"distilled": model.count, "random": model.count * shared.random, "full": shared.full_networks}
     for kind, row in ROWS.items():
-        known, count = earlier.get(row), model.counts[kind]
+        known, tasks = earlier.get(row), list(range(counts[kind]))
         saves = kind == "distilled" and model.save
-        if not count or (known and report.network_count(known) == count and not saves):
+        if not tasks or (known and report.network_count(known) == len(tasks) and not saves):
             found[row] = known
             continue
-        runs = train_row(evaluation, model, kind)
-        stages = report.stage_rows(evaluation.ipc_totals, runs) if kind == "distilled" else None
+        with contextlib.closing(Progress(len(distributed.share(tasks)), f"{model.name}, {kind}, network")) as progress:
+
+            def work(k, kind=kind, progress=progress):
+                accuracies = train_and_test(shared, model, kind, k)
+                progress.update(accuracy=accuracies[-1][-1])
+                return accuracies
+
+            key = [kind, model.name, shared.key]
+            runs = finish_each(shared.folder, f"{kind}-{model.name}", key, tasks, work)
+        stages = report.stage_rows(shared.ipc_totals, runs) if kind == "distilled" else None
         found[row] = stages or report.summary([run[-1] for run in runs])
     return found
 
 
-def evaluate_and_report(evaluation, models, own, **about):
+def evaluate_and_report(shared, models, own, **about):
     """Evaluate, write report.json and accuracy.png, and print the table.
 
     An earlier report of the same images and options is completed; any other is replaced, with a note.
 
     Args:
-        evaluation: `Evaluation`.
+        shared: `Evaluation`.
         models: list of `EvalModel`s.
         own: name of the distillation's own network, whose rows stand at the top of the report.
         about: what the report says besides: dataset, select_on, keeps.
@@ -131,26 +134,26 @@ def evaluate_and_report(evaluation, models, own, **about):
     Raises:
         UserError: a class has too few images for the row of random real images.
     """
-    needed, fewest = max(evaluation.ipc_totals), min(map(len, evaluation.real.class_indices))
-    if needed > fewest and any(model.counts["random"] for model in models):
+    needed, fewest = max(shared.ipc_totals), min(map(len, shared.real.class_indices))
+    if needed > fewest and shared.random:
         raise UserError(
-            f"the row of random real images needs {needed} of each class, {evaluation.real.info.name} has {fewest}; "
+            f"the row of random real images needs {needed} of each class, {shared.real.info.name} has {fewest}; "
             "leave it out with --skip_random"
         )
-    path = Path(evaluation.folder) / "report.json"
-    before = distributed.on_rank0(lambda: report.earlier(path, evaluation.key))
+    path = Path(shared.folder) / "report.json"
+    before = distributed.on_rank0(lambda: report.earlier(path, shared.key))
     earlier = before.get("models", {})
-    results = {model.name: evaluate(evaluation, model, earlier.get(model.name, {})) for model in models}
+    results = {model.name: evaluate(shared, model, earlier.get(model.name, {})) for model in models}
     merged = earlier | results
     first = own if own in merged else next(iter(merged))
     merged = {first: merged[first], **merged}
     done = merged == earlier
-    config = before["config"] if done else {**evaluation.config, "versions": versions()}
+    config = before["config"] if done else {**shared.config, "versions": versions()}
     content = {
         **about,
         "model": first,
-        "fingerprint": evaluation.real.info.fingerprint,
-        "images": evaluation.key["images"],
+        "fingerprint": shared.real.info.fingerprint,
+        "images": shared.key["images"],
     }
     content |= {**merged[first], "models": merged, "config": config}
     if distributed.is_rank0():
@@ -159,4 +162,4 @@ def evaluate_and_report(evaluation, models, own, **about):
         print0(f"{report.table(content)}\nreport: {path}\nfigure: {figure}" + "\ndone already" * done)
     for name in results:
         for kind in ROWS:
-            forget_finished(evaluation.folder, f"{kind}-{name}")
+            forget_finished(shared.folder, f"{kind}-{name}")

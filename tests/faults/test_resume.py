@@ -112,11 +112,15 @@ def test_a_signal_outside_of_loops_stops_a_run_at_once(script, event, reference,
 
 @pytest.mark.parametrize("script", small.SCRIPTS)
 def test_a_finished_command_changes_nothing(script, reference, tmp_path):
-    """It computes nothing; an evaluation is made again and finds the same."""
+    """It computes nothing; an evaluation trains the networks again that it is to save, and finds the same."""
     reference.prepare(script, tmp_path)
     words = small.arguments(script, tmp_path)
     for turn in range(2):
         ended = run(script, words)
         assert ended.status == 0
         assert differing(tmp_path / small.WRITES[script], reference.expected(script)) == []
-        assert ended.work() == (0 if turn and script in (B, D, DI) else reference.runs[script].work())
+        whole = reference.runs[script].work()
+        if turn and script not in (B, D, DI):
+            assert 0 < ended.work() < whole
+        else:
+            assert ended.work() == (0 if turn else whole)

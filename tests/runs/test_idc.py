@@ -338,7 +338,7 @@ def test_an_evaluation_reports_the_last_and_the_best_of_its_checks(distilled, ru
 def test_the_learning_rate_halves_where_a_seventh_union_follows(stages, halved, monkeypatch):  # SPEC 8.16
     args = parsed(evaluate_idc, monkeypatch, *SHORT, "--num-intervals", stages, "--lr", 0.4)
     model = evaluate_idc.eval_model("self", args, digits(), [None] * stages)
-    assert [model.config(index).lr for index in range(stages)] == [0.2 if i in halved else 0.4 for i in range(stages)]
+    assert [config.lr for config in model.configs["distilled"]] == [0.2 if i in halved else 0.4 for i in range(stages)]
 
 
 @pytest.mark.parametrize("factor,epochs", [(1, 100), (2, 25), (3, 11)])
@@ -346,7 +346,7 @@ def test_the_same_compute_is_a_share_of_the_epochs(factor, epochs, monkeypatch):
     words = [*SHORT, "-f", factor, "--epochs", 100, "--same_compute"]
     for given, expected in (("True", epochs), ("False", 100)):
         model = evaluate_idc.eval_model("self", parsed(evaluate_idc, monkeypatch, *words, given), digits(), [None] * 3)
-        assert [model.config(index).epochs for index in range(3)] == [expected] * 3
+        assert [config.epochs for config in model.configs["distilled"]] == [expected] * 3
 
 
 def test_sets_of_other_methods_are_evaluated(run, tmp_path):  # SPEC 8.18

@@ -23,11 +23,11 @@ from ..run.errors import UserError, one_line
 
 ABOUT = "distilled.json"
 SHEET = "contact_sheet.png"
-SUFFIXES = {"pt": ".pt", "npz": ".npz", "safetensors": ".safetensors"}
+TENSOR_FILES = tuple(f"distilled.{kind}" for kind in ("pt", "npz", "safetensors"))
 FORMATS = ("pt", "png", "npz", "safetensors")
 WHAT = "a distilled set written by scripts/export.py"
 OLD_IMAGES = "png"  # the class folders of earlier exports stood in this folder
-OWN = {ABOUT, SHEET, zca.FILE, OLD_IMAGES, *(f"distilled{suffix}" for suffix in SUFFIXES.values())}
+OWN = {ABOUT, SHEET, zca.FILE, OLD_IMAGES, *TENSOR_FILES}
 CLASS_FOLDER = re.compile(r"(\d{3,})_.*")
 
 
@@ -103,12 +103,11 @@ def _write_images(folder, tensors, class_names):
 def find_export(path):
     """Return the file of an export (for PNG the JSON beside them) at `path`, a folder or the file; None without one."""
     path = Path(path)
-    if path.is_file() and (path.name == ABOUT or path.suffix in SUFFIXES.values()):
+    if path.is_file() and (path.name == ABOUT or path.suffix in (".pt", ".npz", ".safetensors")):
         return path
     if not (path / ABOUT).is_file():
         return None
-    found = [path / f"distilled{suffix}" for suffix in SUFFIXES.values() if (path / f"distilled{suffix}").is_file()]
-    return found[0] if found else path / ABOUT
+    return next((path / name for name in TENSOR_FILES if (path / name).is_file()), path / ABOUT)
 
 
 def read(path):
@@ -124,7 +123,7 @@ def read(path):
         UserError: the file is missing, damaged, or not a set.
     """
     path = Path(path)
-    wanted = {"pixels": 4, "labels": 1, "stage": 1}
+    dimensions = {"pixels": 4, "labels": 1, "stage": 1}
     if path.name == ABOUT:
         about = files.read_json(path, "how a distilled set was made")
         nested = path.parent / OLD_IMAGES
@@ -133,13 +132,11 @@ def read(path):
             tensors |= files.load(path.parent / zca.FILE, "a ZCA transform")
     else:
         tensors, about = _read_file(path)
-        wanted["images"] = 4
-    for name, dimensions in wanted.items():
-        tensor = tensors.get(name)
-        count = len(tensors["pixels"]) if "pixels" in tensors else 0
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() != dimensions or len(tensor) != count or not count:
-            found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else "none"
-            raise UserError(f"{path}: expected {WHAT}, found {found} for {name!r}; export it again")
+        dimensions["images"] = 4
+    for name, count in dimensions.items():
+        shape = tuple(tensors[name].shape) if isinstance(tensors.get(name), torch.Tensor) else ()
+        if len(shape) != count or not shape[0] or shape[0] != len(tensors["pixels"]):
+            raise UserError(f"{path}: expected {WHAT}, found shape {shape} for {name!r}; export it again")
     if not isinstance(about.get("data"), dict):
         raise UserError(f"{path}: expected {WHAT}, found no description of its data; export it again")
     info = DatasetInfo.from_json(about["data"], path)
@@ -164,7 +161,7 @@ def _read_file(path):
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "about"}
-                return tensors, json.loads(str(arrays["about"]))
+                return tensors, json.loads(arrays["about"].item())
         if path.suffix == ".safetensors":
             from safetensors import safe_open
 
@@ -189,9 +186,8 @@ def _read_images(folder):
         label, name = CLASS_FOLDER.fullmatch(path.parent.name), re.fullmatch(r"stage(\d+)_(\d+)\.png", path.name)
         if label and name:
             found[int(name[2])] = (path, int(label[1]), int(name[1]))
-    if sorted(found) != list(range(len(found))) or not found:
-        missing = next((number for number in range(len(found)) if number not in found), 0)
-        raise UserError(f"{folder}: expected images with numbers from 0 on, found none of number {missing}")
+    if missing := sorted({0, *range(max(found, default=0))} - found.keys()):
+        raise UserError(f"{folder}: expected images with numbers from 0 on, found none of number {missing[0]}")
     paths, labels, stages = zip(*(found[number] for number in range(len(found))), strict=True)
     arrays = [read_image(path) for path in paths]
     for path, array in zip(paths, arrays, strict=True):

@@ -1,7 +1,5 @@
 """Distilled sets of other methods in the files that their authors publish, for comparison (evaluate_idc.py -s)."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
@@ -18,29 +16,20 @@ def load_dsa(path, info):
     """
     found = files.load(path, "a distilled set of DSA")
     try:
-        images, labels = found["data"][-1]
-        images, labels = images.detach().float(), labels.detach().long()
+        images, labels = (tensor.detach() for tensor in found["data"][-1])
     except (KeyError, TypeError, IndexError, ValueError, AttributeError):
         raise UserError(f"{path}: expected a set of DSA ('data': [[images, labels]]), found another") from None
-    return _checked(path, images, labels, info)
+    return _checked(path, images.float(), labels.long(), info)
 
 
 def load_kip(path, info):
-    """Return (images in network space, labels) of a file of KIP: images (N, H, W, C) and labels (N, classes).
-
-    Raises:
-        UserError: it is missing, damaged, or of another data set.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: expected a distilled set of KIP (.npz), found no file")
+    """Return the same of a file of KIP: images (N, H, W, C) and labels (N, classes)."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            images, labels = arrays["images"], arrays["labels"]
-        images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float()
-        labels = torch.from_numpy(labels.argmax(1))
+            images, labels = arrays["images"].transpose(0, 3, 1, 2), arrays["labels"].argmax(1)
     except Exception as error:  # a damaged archive surfaces as whatever its reader stumbled over
-        raise UserError(f"{path}: expected images and labels of KIP, found {one_line(error)[:80]}") from None
-    return _checked(path, images, labels, info)
+        raise UserError(f"{path}: expected a set of KIP (.npz), found {one_line(error)[:80]}") from None
+    return _checked(path, torch.from_numpy(np.ascontiguousarray(images)).float(), torch.from_numpy(labels), info)
 
 
 def _checked(path, images, labels, info):
