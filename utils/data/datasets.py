@@ -126,9 +126,14 @@ class RealData:
             order = stream(SPLIT_SEED, "held out", label).permutation(indices)
             held.append(order[:count])
             kept.append(order[count:])
-        view, device = copy.copy(self), self.train.labels.device
-        kept, held = (torch.from_numpy(np.sort(np.concatenate(parts))).to(device) for parts in (kept, held))
-        view.train, view.selection = self.train.subset(kept), self.train.subset(held)
+        view = self.keeping(kept)
+        view.selection = self.keeping(held).train
+        return view
+
+    def keeping(self, parts):
+        """Return these data with the training images at the indices in `parts` (list of arrays) alone, in order."""
+        view, index = copy.copy(self), np.sort(np.concatenate(parts))
+        view.train = self.train.subset(torch.from_numpy(index).to(self.train.labels.device))
         view.class_indices = _indices_by_class(view.train.labels.cpu().numpy(), self.info.num_classes)
         return view
 
