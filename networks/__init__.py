@@ -65,7 +65,7 @@ def get_network(name, channel, num_classes, im_size, cifar=False):
         channel: input channels.
         num_classes: outputs.
         im_size: input height and width in pixels.
-        cifar: of networks of the IDC family, see `idc_network`.
+        cifar: see `idc_network`; the MTT family ignores it.
 
     Raises:
         ValueError: unknown name, or images too small for the network.

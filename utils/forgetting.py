@@ -48,10 +48,10 @@ def expert_scores(network, experts, epochs, images):
     """Return the mean hardness (N,) of training images over the trajectories of up to `NETWORKS` experts.
 
     Args:
-        network: of the experts' architecture; its parameters are overwritten.
+        network: one of the experts' architecture; its parameters are overwritten.
         experts: `Experts`.
         epochs: epochs of a trajectory to look at.
-        images: `ImageDataset` of the real training images.
+        images: `ImageDataset`, the real training images.
     """
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # trajectories hold no statistics: a minibatch's own count
@@ -78,7 +78,7 @@ def training_scores(new_network, config, images, seed):
         new_network: function of k returning network k at its start.
         config: `TrainConfig`.
         images: `ImageDataset` of the real training images.
-        seed: of the random streams.
+        seed: the run's.
     """
     total, progress = torch.zeros(len(images)), Progress(NETWORKS * config.epochs, "forgetting events, epoch")
     for k in range(NETWORKS):
