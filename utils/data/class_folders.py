@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -219,11 +220,13 @@ def _decode_and_cache(cache, digest, shapes, parts, spec):
             (cache / ABOUT).unlink(missing_ok=True)  # it says that the arrays are whole
             for part, array in zip(shapes, images, strict=True):
                 with files.atomic(cache / f"{part}_images.npy") as file:
-                    np.save(file, array)
+                    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+                    file.write(array.data)  # np.save would not say that the disk is full
             files.write_json(cache / ABOUT, {"fingerprint": digest, "statistics": statistics})
             return _cached(cache, digest, shapes)  # frees the memory
     except OSError as error:
         note_no_cache(cache, error)
+        shutil.rmtree(cache, ignore_errors=True)  # half of it would fill the disk
         return found or _decode(parts, spec)
 
 
