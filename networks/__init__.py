@@ -34,10 +34,11 @@ CONVNET_VARIANTS = {
 CONVNET_VARIANTS |= {f"D{depth}": {"depth": depth} for depth in range(1, 9)}
 CONVNET_VARIANTS |= {f"W{width}": {"width": width} for width in (32, 64, 128, 256, 512, 1024)}
 
+PLAIN = {"MLP": MLP, "LeNet": LeNet, "AlexNet": AlexNet}  # without variants
 RESNET_DEPTHS = (10, 18, 34, 50, 101, 152)
 
 NAMES = (
-    ["ConvNet", *(f"ConvNet{variant}" for variant in CONVNET_VARIANTS), "MLP", "LeNet", "AlexNet"]
+    ["ConvNet", *(f"ConvNet{variant}" for variant in CONVNET_VARIANTS), *PLAIN]
     + [f"VGG{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "BN")]
     + [f"ResNet{depth}{kind}" for depth in RESNET_DEPTHS for kind in ("", "BN", "_AP", "BN_AP")]
     + ["ResNet18ImageNet", "ResNet6ImageNet"]
@@ -63,23 +64,18 @@ def get_network(name, channel, num_classes, im_size, cifar=False):
         name: one of `NAMES` (the MTT family) or `IDC_NAMES`.
         channel: input channels.
         num_classes: outputs.
-        im_size: input height and width in pixels, an int or a pair of equal ints.
-        cifar: of networks of the IDC family, see `idc_network`.
+        im_size: input height and width in pixels.
+        cifar: see `idc_network`; the MTT family ignores it.
 
     Raises:
-        ValueError: unknown name, images that are not square, or images too small for the network.
+        ValueError: unknown name, or images too small for the network.
     """
-    if not isinstance(im_size, int):
-        height, width = im_size
-        if height != width:
-            raise ValueError(f"square images expected, found {height}x{width}")
-        im_size = height
     shape = {"channel": channel, "num_classes": num_classes, "im_size": im_size}
     if name.startswith("ConvNet") and (name == "ConvNet" or name[7:] in CONVNET_VARIANTS):
         depth = 2 if im_size < 16 else 3
         return ConvNet(**shape, **{"depth": depth, **CONVNET_VARIANTS.get(name[7:], {})})
-    if name in ("MLP", "LeNet", "AlexNet"):
-        return {"MLP": MLP, "LeNet": LeNet, "AlexNet": AlexNet}[name](**shape)
+    if name in PLAIN:
+        return PLAIN[name](**shape)
     if match := re.fullmatch(r"VGG(11|13|16|19)(BN)?", name):
         return VGG(**shape, depth=int(match[1]), norm="batch" if match[2] else "instance")
     if match := re.fullmatch(r"ResNet(18|6)ImageNet", name):
@@ -162,11 +158,9 @@ def eval_pool(eval_mode, model):
     Raises:
         ValueError: unknown mode.
     """
-    if eval_mode == "S":
-        return [model.replace("BN", "")]
-    if eval_mode == "C":
-        return list(dict.fromkeys([model, "ConvNet"]))
     pools = {
+        "S": [model.replace("BN", "")],
+        "C": list(dict.fromkeys([model, "ConvNet"])),
         "M": ["ConvNet", "AlexNet", "VGG11", "ResNet18_AP", "ResNet18"],
         "W": ["ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"],
         "D": ["ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"],
@@ -175,5 +169,5 @@ def eval_pool(eval_mode, model):
         "N": ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"],
     }
     if eval_mode not in pools:
-        raise ValueError(f"unknown eval_mode {eval_mode!r}; known: S, {', '.join(pools)}, C")
+        raise ValueError(f"unknown eval_mode {eval_mode!r}; known: {', '.join(pools)}")
     return pools[eval_mode]

@@ -26,16 +26,12 @@ def normalisation(kind, channels, size=None):
 
 def activation(kind):
     """Return the activation layer called `kind`: relu, sigmoid or leakyrelu (slope 0.01)."""
-    return {
-        "relu": lambda: nn.ReLU(inplace=False),
-        "sigmoid": nn.Sigmoid,
-        "leakyrelu": lambda: nn.LeakyReLU(0.01),
-    }[kind]()
+    return {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "leakyrelu": nn.LeakyReLU}[kind]()
 
 
 def pooling(kind):
-    """Return the 2x2 pooling layer called `kind` (avg or max), None for `none`."""
-    return {"avg": lambda: nn.AvgPool2d(2, 2), "max": lambda: nn.MaxPool2d(2, 2), "none": lambda: None}[kind]()
+    """Return the 2x2 pooling layer called `kind`: avg or max."""
+    return {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}[kind](2)
 
 
 def is_padded_28(channel, im_size):

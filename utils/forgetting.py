@@ -4,13 +4,10 @@ An image is forgotten if a network classifies it right after one epoch and wrong
 2019). PDD's paper leaves easy images out of later stages; its release does not.
 """
 
-import copy
-
 import numpy as np
 import torch
 
 from . import training
-from .data.datasets import RealData
 from .run import files
 from .run.log import Progress
 
@@ -51,10 +48,10 @@ def expert_scores(network, experts, epochs, images):
     """Return the mean hardness (N,) of training images over the trajectories of up to `NETWORKS` experts.
 
     Args:
-        network: of the experts' architecture; its parameters are overwritten.
+        network: one of the experts' architecture; its parameters are overwritten.
         experts: `Experts`.
         epochs: epochs of a trajectory to look at.
-        images: `ImageDataset` of the real training images.
+        images: `ImageDataset`, the real training images.
     """
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # trajectories hold no statistics: a minibatch's own count
@@ -95,7 +92,7 @@ def training_scores(new_network, config, images, seed):
         new_network: function of k returning network k at its start.
         config: `TrainConfig`.
         images: `ImageDataset` of the real training images.
-        seed: of the random streams.
+        seed: the run's.
     """
     total, progress = torch.zeros(len(images)), Progress(NETWORKS * config.epochs, "forgetting events, epoch")
     for k in range(NETWORKS):
@@ -117,9 +114,9 @@ def cached(path, key, count, compute):
     found = files.load_trusted(path)
     if found and found.get("key") == key and len(found["scores"]) == count:
         return found["scores"]
-    content = {"scores": compute(), "key": key}
-    files.save(path, content | {"digest": files.digest(content)})
-    return content["scores"]
+    scores = compute()
+    files.save_with_digest(path, {"scores": scores, "key": key})
+    return scores
 
 
 def dropped_fraction(fraction, stage, stages):
@@ -135,9 +132,4 @@ def without_easy(real, scores, fraction):
     for indices in real.class_indices:
         order = indices[np.argsort(scores.numpy()[indices], kind="stable")]
         kept.append(order[min(int(fraction * len(order)), len(order) - 1) :])
-    index = np.sort(np.concatenate(kept))
-    view: RealData = copy.copy(real)
-    view.train = real.train.subset(torch.from_numpy(index).to(real.train.labels.device))
-    labels = view.train.labels.cpu().numpy()
-    view.class_indices = [np.flatnonzero(labels == label) for label in range(real.info.num_classes)]
-    return view
+    return real.keeping(kept)

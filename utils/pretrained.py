@@ -25,12 +25,9 @@ def load_pretrained(path, network):
 
 
 def find_pretrained(folder, epochs, suffix):
-    """Return the files of pretrained networks, of all seeds and of the given epochs.
+    """Return the files network_{seed}_epoch{epoch}{suffix}.pt in `folder`, any seed, epochs in the range `epochs`.
 
-    Args:
-        folder: of the files, network_{seed}_epoch{epoch}{suffix}.pt.
-        epochs: range.
-        suffix: of networks that never saw the images held out.
+    The suffix marks networks that never saw the images held out.
 
     Raises:
         UserError: there are none.
@@ -45,14 +42,9 @@ def find_pretrained(folder, epochs, suffix):
 
 
 def pretrain(folder, network, real, config, seed, epochs, suffix):
-    """Train a network on real images and save it after each of `epochs`.
+    """Train a fresh network on `RealData` and save it after each of `epochs`, as `find_pretrained` finds it.
 
-    Args:
-        folder, epochs, suffix: as for `find_pretrained`.
-        network: at its start.
-        real: `RealData`.
-        config: `TrainConfig` that ends with the last of `epochs`.
-        seed: of the random streams.
+    `config` is a `TrainConfig` that ends with the last of `epochs`.
     """
     progress = Progress(config.epochs, f"pretraining network {seed}, epoch")
 

@@ -36,8 +36,6 @@ def test_every_evaluation_pool_is_made_of_known_networks():
 def test_refusals_name_what_is_wrong():
     with pytest.raises(ValueError, match="unknown network 'Convnet'"):
         networks.get_network("Convnet", 3, 10, 32)
-    with pytest.raises(ValueError, match="square"):
-        networks.get_network("ConvNet", 3, 10, (32, 16))
     with pytest.raises(ValueError, match="at least 32 pixels"):
         networks.get_network("ConvNetD5", 3, 10, 16)
     with pytest.raises(ValueError, match="at least 32 pixels, the images have 8"):

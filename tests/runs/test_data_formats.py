@@ -232,9 +232,7 @@ def test_own_images_are_resized_cut_and_measured(written, monkeypatch):
     left, top = (round((side - 32) / 2) for side in image.size)
     expected = np.asarray(image.crop((left, top, left + 32, top + 32))).transpose(2, 0, 1)
     assert np.array_equal(first.train.images[0].numpy(), expected)
-    monkeypatch.setattr(
-        "utils.data.class_folders._decode_into_cache", None
-    )  # a second start reads the cache, the statistics too
+    monkeypatch.setattr("utils.data.class_folders._decode", None)  # a second start reads the cache, statistics too
     again = datasets.load("folder", data, CPU, res=32).info
     assert (again.mean, again.std) == (mean, std)
 

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -213,27 +214,27 @@ def _decode_and_cache(cache, digest, shapes, parts, spec):
         with FileLock(cache / ".lock"):
             if found := _cached(cache, digest, shapes):
                 return found
-            images, statistics = found = _decode(shapes, parts, spec)
+            images, statistics = found = _decode(parts, spec)
             for leftover in cache.glob(".*.tmp"):  # of a process that was killed while it wrote
                 leftover.unlink()
             (cache / ABOUT).unlink(missing_ok=True)  # it says that the arrays are whole
             for part, array in zip(shapes, images, strict=True):
                 with files.atomic(cache / f"{part}_images.npy") as file:
-                    np.save(file, array)
+                    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+                    file.write(array.data)  # np.save would not say that the disk is full
             files.write_json(cache / ABOUT, {"fingerprint": digest, "statistics": statistics})
             return _cached(cache, digest, shapes)  # frees the memory
     except OSError as error:
         note_no_cache(cache, error)
-        return found or _decode(shapes, parts, spec)
+        shutil.rmtree(cache, ignore_errors=True)  # half of it would fill the disk
+        return found or _decode(parts, spec)
 
 
-def _decode(shapes, parts, spec):
+def _decode(parts, spec):
     """Return ([train images, test images], (mean, std) or None)."""
-    from .image_files import decode, shared_array
+    from .image_files import decode
 
-    images = [shared_array(shape) for shape in shapes.values()]
-    for array, (paths, _) in zip(images, parts.values(), strict=True):
-        decode(paths, spec, array)
+    images = [decode(paths, spec) for paths, _ in parts.values()]
     return images, _statistics(images[0]) if spec.measure else None
 
 

@@ -99,7 +99,7 @@ class RealData:
         self.train = _on_device(info, arrays.train_images, arrays.train_labels, device)
         self.test = _on_device(info, arrays.test_images, arrays.test_labels, device)
         self.selection = self.test
-        self.class_indices = _indices_by_class(arrays.train_labels, info.num_classes)
+        self.class_indices = self._indices_by_class()
 
     def held_out(self, fraction):
         """Return these data with a share of each class's training images moved from `train` to `selection`.
@@ -126,11 +126,20 @@ class RealData:
             order = stream(SPLIT_SEED, "held out", label).permutation(indices)
             held.append(order[:count])
             kept.append(order[count:])
-        view, device = copy.copy(self), self.train.labels.device
-        kept, held = (torch.from_numpy(np.sort(np.concatenate(parts))).to(device) for parts in (kept, held))
-        view.train, view.selection = self.train.subset(kept), self.train.subset(held)
-        view.class_indices = _indices_by_class(view.train.labels.cpu().numpy(), self.info.num_classes)
+        view = self.keeping(kept)
+        view.selection = self.keeping(held).train
         return view
+
+    def keeping(self, parts):
+        """Return these data with the training images at the indices in `parts` (list of arrays) alone, in order."""
+        view, index = copy.copy(self), np.sort(np.concatenate(parts))
+        view.train = self.train.subset(torch.from_numpy(index).to(self.train.labels.device))
+        view.class_indices = view._indices_by_class()
+        return view
+
+    def _indices_by_class(self):
+        labels = self.train.labels.cpu().numpy()
+        return [np.flatnonzero(labels == label) for label in range(self.info.num_classes)]
 
     def pixel_dataset(self, pixels, labels):
         """Return an `ImageDataset` of images (N, C, H, W) in [0, 1] that are normalised as the real ones are."""
@@ -165,10 +174,6 @@ def _on_device(info, images, labels, device):
     for start in range(0, len(pixels), 10000):
         whitened[start : start + 10000] = info.normalise(pixels[start : start + 10000].float() / 255)
     return ImageDataset(whitened, labels)
-
-
-def _indices_by_class(labels, num_classes):
-    return [np.flatnonzero(labels == label) for label in range(num_classes)]
 
 
 def load(name, data_path, device, whiten=False, statistics=None, subset=None, res=None, antialias=True):

@@ -3,76 +3,32 @@
 Importing this takes seconds (torchvision), which a start from the cache does not need.
 """
 
-import dataclasses
-import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision.transforms import functional
 
 from ..run.errors import UserError, one_line
 
-BATCH = 250  # images between two reports of a worker
 
-
-@dataclasses.dataclass(frozen=True)
-class Decoder:
-    """Decodes image files into the rows of an array: a map-style dataset for a `DataLoader`.
-
-    Attributes:
-        paths: the files.
-        spec: `class_folders.DecodeSpec`.
-        images: uint8 (N, C, H, W), shared with forked processes.
-    """
-
-    paths: list
-    spec: object
-    images: np.ndarray
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        """Decode image `index`; returns None, or the message about a damaged one (workers wrap what they raise)."""
-        try:
-            pixels = decode_image(self.paths[index], self.spec)
-        except UserError as error:
-            return str(error)
-        self.images[index] = pixels if self.spec.channel == 1 else pixels.transpose(2, 0, 1)
-        return None
-
-
-def shared_array(shape):
-    """Return a uint8 array of zeros that forked processes write into, too."""
-    return np.frombuffer(mmap.mmap(-1, int(np.prod(shape))), dtype=np.uint8).reshape(shape)
-
-
-def decode(paths, spec, images):
-    """Decode the files `paths` into `images` (N, C, H, W), a shared memory map.
+def decode(paths, spec):
+    """Return the files `paths` as uint8 images (N, C, H, W), as a `class_folders.DecodeSpec` wants them.
 
     Raises:
         UserError: a file is damaged or of the wrong size; the first one is named.
     """
-    workers = min(len(os.sched_getaffinity(0)), -(-len(paths) // BATCH))
-    workers = 0 if workers == 1 else workers
-    loader = DataLoader(
-        Decoder(paths, spec, images),
-        batch_size=BATCH,
-        num_workers=workers,
-        collate_fn=_first_error,
-        multiprocessing_context="fork" if workers else None,
-        generator=torch.Generator(),  # else it draws from the global one, which the run may have seeded
-    )
-    error = next(filter(None, loader), None)
-    if error:
-        raise UserError(error)
+    images = np.empty((len(paths), spec.channel, spec.im_size, spec.im_size), dtype=np.uint8)
 
+    def work(index):
+        images[index] = np.atleast_3d(decode_image(paths[index], spec)).transpose(2, 0, 1)
 
-def _first_error(messages):
-    return next(filter(None, messages), None)
+    # Threads, because Pillow decodes and resizes without holding Python's lock.
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for _ in pool.map(work, range(len(paths))):
+            pass
+    return images
 
 
 def decode_image(path, spec):

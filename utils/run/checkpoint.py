@@ -113,7 +113,7 @@ def finish_each(folder, name, key, tasks, work):
 
     Args:
         folder: the results'.
-        name: of this kind of work, for file names.
+        name: what this kind of work is called in file names.
         key: everything that the results depend on: nested dicts, lists and tuples of tensors, numbers and strings.
         tasks: list of numbers, strings or tuples of them.
         work: function of a task returning what `files.save` can write, on the CPU.

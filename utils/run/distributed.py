@@ -41,7 +41,7 @@ def is_rank0():
 
 
 def local_rank():
-    """Return the number of this process on its machine."""
+    """Return this process's number on its machine."""
     return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
 
 
@@ -136,7 +136,7 @@ def deal(items):
 
 
 def share(items):
-    """Return the items of this rank: every `size()`th from `rank()` on."""
+    """Return this rank's items: every `size()`th from `rank()` on."""
     return items[rank() :: size()]
 
 
@@ -147,20 +147,20 @@ def leaders_first():
     So what the first one caches is there for the others, on a shared disk as on each machine's own.
     """
     turn = 0 if is_rank0() else 1 if local_rank() == 0 else 2
-    for _ in range(turn):
-        barrier()
-    yield
-    for _ in range(2 - turn):
-        barrier()
+    for now in range(3):
+        if now == turn:
+            yield
+        if now < 2:
+            barrier()
 
 
 class Team:
     """Ranks that share the minibatches of one student.
 
     Args:
-        position: of this rank in the team.
-        count: ranks of the team; 1 for a rank on its own.
-        group: of torch.distributed, None for all ranks.
+        position: this rank's in the team.
+        count: ranks in the team; 1 for a rank on its own.
+        group: torch.distributed's process group, None for all ranks.
     """
 
     def __init__(self, position=0, count=1, group=None):

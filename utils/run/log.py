@@ -46,18 +46,12 @@ class Progress:
     """
 
     def __init__(self, total, label, start=0):
-        shape = {"total": total, "initial": start, "desc": label, "position": 0}
-        shape["disable"] = not distributed.is_rank0()
-        if sys.stderr.isatty():
-            self.bar = tqdm(**shape, dynamic_ncols=True, mininterval=0.5)
-        else:
-            self.bar = tqdm(
-                **shape,
-                file=_Lines(),
-                mininterval=PLAIN_SECONDS,
-                miniters=1,
-                bar_format="{desc} {n_fmt}/{total_fmt}{postfix}, {remaining} left",
-            )
+        style = {"dynamic_ncols": True, "mininterval": 0.5}
+        if not sys.stderr.isatty():
+            plain = "{desc} {n_fmt}/{total_fmt}{postfix}, {remaining} left"
+            style = {"file": _Lines(), "mininterval": PLAIN_SECONDS, "miniters": 1, "bar_format": plain}
+        hidden = not distributed.is_rank0()
+        self.bar = tqdm(total=total, initial=start, desc=label, position=0, disable=hidden, **style)
 
     def update(self, count=1, **values):
         """Count `count` more and show values (numbers or strings) beside the count."""
@@ -85,7 +79,7 @@ class Log:
     As part of a checkpoint it continues where the run was saved: no row stands twice, none is missing.
 
     Args:
-        path: of the JSON lines.
+        path: the file.
         wandb: disabled, online or offline.
         config: options of the run.
     """

@@ -26,7 +26,7 @@ class EndlessShuffle:
 
     Args:
         indices: what is shuffled.
-        seed, keys: of the random streams; each permutation adds its number.
+        seed, keys: of `stream`; each permutation adds its number.
     """
 
     def __init__(self, indices, seed, *keys):
@@ -48,7 +48,7 @@ def seeded(seed, *keys):
 
 @contextlib.contextmanager
 def torch_seeded(seed, device):
-    """A context in which torch's generators of the CPU and of `device` are seeded; outside it nothing changes."""
+    """Seed torch's generators for the CPU and for `device` inside this context; outside it nothing changes."""
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng([device] if on_gpu else []):
         torch.random.default_generator.manual_seed(seed)

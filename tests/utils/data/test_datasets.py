@@ -132,12 +132,13 @@ def md5(monkeypatch):
     formats.accept_written(monkeypatch)
 
 
-def test_many_workers_decode_what_one_does(tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [2, 5])
+def test_many_workers_decode_what_one_does(workers, tmp_path, monkeypatch):
     tree = formats.write_mixed(tmp_path / "t", ["cat", "dog"])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1))
     alone = datasets.read("folder", tree, res=24)
     shutil.rmtree(tree / class_folders.CACHE)
-    monkeypatch.setattr("utils.data.image_files.BATCH", 5)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(workers))
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
