@@ -48,6 +48,9 @@ class Evaluation:
         random_networks: networks on random real images; 0 to leave the row out.
         full_networks: networks on the full training set; 0 to leave the row out.
         checks: test accuracies measured in each stage, the last one at its end.
+        hard_unions: of unions with soft labels, the same images with hard ones; None for other unions.
+        soften: function of images (N, C, H, W) returning soft labels made as those of the unions were at their start;
+            None to leave out the row of random real images with such labels.
     """
 
     real: object
@@ -58,6 +61,8 @@ class Evaluation:
     random_networks: int
     full_networks: int
     checks: int = 1
+    hard_unions: list | None = None
+    soften: Callable | None = None
 
     def check(self):
         """Refuse the row of random real images if a class has fewer images than it needs.
@@ -76,7 +81,8 @@ class Evaluation:
         """Evaluate one `EvalModel`; `config` holds the options that its results depend on.
 
         Returns:
-            {"stages", "random", "full"}, accuracies in percent; rows left out are None.
+            {"stages", "random", "full"}, accuracies in percent; rows left out are None. Of unions with soft labels also
+            {"hard", "random_soft"}: what the same networks learn from the same images with the other kind of labels.
         """
 
         def distilled(k):
@@ -87,6 +93,15 @@ class Evaluation:
 
         def random(k):
             unions = stages.random_unions(self.real, self.ipc_totals, self.seed, (k,))
+            return self._staged(model.network(k), unions, model.random_config, ("random", model.name, k))
+
+        def hard(k):
+            return self._staged(model.network(k), self.hard_unions, model.config, ("distilled", model.name, k))
+
+        def random_soft(k):
+            unions = stages.random_unions(self.real, self.ipc_totals, self.seed, (k,))
+            for union in unions:
+                union.labels = self.soften(union.images)
             return self._staged(model.network(k), unions, model.random_config, ("random", model.name, k))
 
         def full(k):
@@ -105,14 +120,18 @@ class Evaluation:
                 progress.update(accuracy=accuracies[-1][-1])
                 return accuracies
 
-            unions = [[union.images, union.labels] for union in self.unions] if kind == "distilled" else self.ipc_totals
-            key = [kind, model.name, config, unions, self.checks]
+            unions = {"distilled": self.unions, "hard": self.hard_unions}.get(kind)
+            images = [[union.images, union.labels] for union in unions] if unions else self.ipc_totals
+            key = [kind, model.name, config, images, self.checks]
             runs = finish_each(self.folder, f"{kind}-{model.name}", key, list(range(count)), one)
             progress.close()
             return runs
 
         rows = report.stage_rows(self.ipc_totals, repeat("distilled", model.count, distilled))
         references = {"random": (self.random_networks, random), "full": (self.full_networks, full)}
+        if self.hard_unions:
+            references["hard"] = model.count, hard
+            references["random_soft"] = self.random_networks if self.soften else 0, random_soft
         found = {"stages": rows}
         for kind, (count, work) in references.items():
             found[kind] = report.summary([run[-1] for run in repeat(kind, count, work)]) if count else None
@@ -150,5 +169,5 @@ def evaluate_and_report(evaluation, models, dataset, config, select_on, keeps="b
         figure = report.write_report(folder, content)
         print0(f"{report.table(content)}\nreport: {folder / 'report.json'}\npicture: {figure}")
     for name in results:
-        for kind in ("distilled", "random", "full"):
+        for kind in ("distilled", *results[name]):
             forget_finished(evaluation.folder, f"{kind}-{name}")
