@@ -18,6 +18,7 @@ import utils.run.quiet_imports  # noqa: F401 - before anything slow
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD
 
@@ -53,6 +54,8 @@ def parse():
         parser.error("--compile and --bf16: expected one of them; the compiled steps are made for full precision")
     if args.zca and args.texture:
         parser.error("--zca together with --texture: whitening mixes the pixels that windows take apart; choose one")
+    if args.soft_labels and args.texture:
+        parser.error("--soft_labels together with --texture: a canvas shows several images under one label; choose one")
     mtt.check_stages(parser, args)
     if args.start_interval > args.num_intervals:
         parser.error(f"--start_interval {args.start_interval} is beyond --num_intervals {args.num_intervals}")
@@ -104,7 +107,7 @@ def distil_stage(stage, run):
 def learn_subset(stage, run):
     """Match trajectories for `Iteration` iterations; returns the summary of the best union, which is on disk."""
     args, experts = run.args, run.experts(stage)
-    synthetic = run.union(stage - 1).extended(*run.new_subset(stage))
+    synthetic = run.union(stage - 1).extended(*run.new_subset(stage, experts))
     config = mtt.match_config(args, run.real, run.dsa, stage)
     matcher = TrajectoryMatcher(run.student, experts, synthetic, config, args.seed, stage)
     lr_lr = 1e-5 if args.dataset == "CIFAR10" and set(run.ipcs) == {1} and stage > 1 else args.lr_lr
@@ -113,11 +116,14 @@ def learn_subset(stage, run):
         "images_sgd": SGD([synthetic.learned], args.lr_img, SYN_MOMENTUM),
         "syn_lr_sgd": SGD([synthetic.syn_lr], lr_lr, SYN_MOMENTUM),
     }
+    if args.soft_labels:
+        optimizers["labels_sgd"] = SGD([synthetic.learned_soft], args.lr_label, SYN_MOMENTUM)
     shown = synthetic.copy() if args.ema else synthetic  # what is evaluated and kept: the running mean of the images
     best = {"accuracy": -1.0, "iteration": None, "models": {}}
     log = Log(run.folder(stage) / "metrics.jsonl", args.wandb, vars(args))
     state = {"learned": synthetic.learned, "syn_lr": synthetic.syn_lr, **optimizers, "best": best, "log": log}
     state |= {"mean": shown.learned} if args.ema else {}
+    state |= {"labels": synthetic.learned_soft} if args.soft_labels else {}
     path = run.folder(stage) / "checkpoint.pt"
     with Checkpoint(path, args.checkpoint_minutes, options.config_of(args), **state) as checkpoint:
         progress = Progress(args.Iteration, f"stage {stage}/{args.num_intervals}, iteration", checkpoint.iteration)
@@ -142,19 +148,25 @@ def learn_subset(stage, run):
         progress.close()
         log.close()
     summary = {"stage": stage, **names.selection(vars(args))}
+    if args.soft_labels:
+        summary |= {"soft_init": args.soft_init, "soft_temperature": args.soft_temperature}
     return summary | {"best_accuracy": best["accuracy"], "best_iteration": best["iteration"], "complete": False}
 
 
 def step(synthetic, optimizers, args):
     """Move what is learned along the gradients that `TrajectoryMatcher.backward` has left."""
-    before = synthetic.syn_lr.clone()
+    before, soft = synthetic.syn_lr.clone(), synthetic.learned_soft
     if args.syn_lr_form == "exp":
         synthetic.syn_lr.grad *= before  # the gradient of log syn_lr
+    if soft is not None:
+        soft.grad -= soft.grad.mean(1, keepdim=True)  # along the plane of rows whose sum is 1
     if args.clip_grad:
-        for value in (synthetic.learned, synthetic.syn_lr):
+        for value in synthetic.parameters:
             clip_grad_norm_(value, args.clip_grad)
     for optimizer in optimizers.values():
         optimizer.step()
+    if soft is not None:
+        soft.clamp_(min=0).div_(soft.sum(1, keepdim=True))
     if args.syn_lr_form == "exp":  # the step that SGD has made belongs to log syn_lr
         synthetic.syn_lr.copy_(before * (synthetic.syn_lr - before).exp())
 
@@ -286,10 +298,16 @@ class Run:
         rng = stream(self.args.seed, "subset", stage)
         return init_subset(real, self.ipcs[stage - 1], self.args.pix_init, rng, self.canvas)
 
-    def new_subset(self, stage):
-        """Return what `stage` learns, at its start: images, labels, syn_lr."""
-        syn_lr = torch.tensor(self.args.lr_teacher, device=self.device)
-        return *self.initial_images(self.real_data(stage), stage), syn_lr
+    def new_subset(self, stage, experts):
+        """Return what `stage` learns, at its start: images, labels, syn_lr, soft labels or None."""
+        images, labels = self.initial_images(self.real_data(stage), stage)
+        syn_lr, soft = torch.tensor(self.args.lr_teacher, device=self.device), None
+        if self.args.soft_labels and self.args.soft_init == "expert":
+            expert = self.network_at(experts.parameters(0, experts.entries - 1))
+            soft = stages.soft_labels(expert, images, self.args.soft_temperature)
+        elif self.args.soft_labels:
+            soft = F.one_hot(labels, self.real.info.num_classes).float()
+        return images, labels, syn_lr, soft
 
     def network_at(self, vector):
         """Return a network of the distillation's architecture with flat parameters `vector`."""

@@ -6,7 +6,8 @@
         --save_path logged_files --epoch_eval_train 500
 
 Prints a table and writes report.json and accuracy.png into the experiment's folder. Beside each network stand two
-reference rows: the same network trained on as many random real images, and on the full training set.
+reference rows: the same network trained on as many random real images, and on the full training set. Sets with soft
+labels have two more: their images with hard labels, and the random real images with an expert's soft labels.
 """
 
 import utils.run.quiet_imports  # noqa: F401 - before anything slow
@@ -27,7 +28,7 @@ from utils.run.device import setup_device
 from utils.run.errors import UserError
 from utils.run.log import log0, print0
 from utils.run.main import run_script
-from utils.stages import evaluation_config
+from utils.stages import evaluation_config, soft_labels
 from utils.synthetic import load_mtt
 from utils.trajectories import Experts, find_buffers, recorded_fingerprint
 
@@ -97,6 +98,10 @@ def main():
             random=not args.skip_random,
             full_networks=0 if args.skip_full else args.full_networks,
         )
+        if unions[-1].soft is not None:
+            hard = [union.hard().dataset() for union in unions]
+            soften = soft_labels_of(args, real, starts, summaries[-1])
+            evaluation = dataclasses.replace(evaluation, hard_unions=hard, soften=soften)
         dataset = names.dataset_title(args.dataset, mtt.dataset_subdir(args))
         select_on = names.selected_on(summaries)
         models = [eval_model(name, args, real, unions, starts, experiment) for name in pool]
@@ -134,6 +139,19 @@ def find_starts(args, real):
     check_data(folder, recorded_fingerprint(folder), real.info)
     network = training.new_network(args.model, real, args.seed, "shape")
     return Experts(folder, [parameter.shape for parameter in network.parameters()], 1, args.model)
+
+
+def soft_labels_of(args, real, starts, summary):
+    """Return the function of images that gives them the labels that the learned ones started from; None without one."""
+    if summary.get("soft_init") == "onehot":
+        return None  # those are the hard labels
+    temperature = summary.get("soft_temperature")
+    if not starts or not isinstance(temperature, (int, float)):
+        log0("note: no row of random real images with soft labels: it needs stage.json and the experts (--buffer_path)")
+        return None
+    teacher = training.new_network(args.model, real, args.seed, "teacher")
+    set_flat(teacher, starts.parameters(0, starts.entries - 1))
+    return lambda images: soft_labels(teacher, images, temperature)
 
 
 def eval_model(name, args, real, unions, starts, experiment):

@@ -77,7 +77,7 @@ def check_unions(found, sets):
     last = sets[max(sets)]
     for stage, data in sets.items():
         kept = last.stage <= stage
-        if not (torch.equal(last.images[kept], data.images) and torch.equal(last.labels[kept], data.labels)):
+        if not (torch.equal(last.images[kept], data.images) and torch.equal(last.tensors[1][kept], data.tensors[1])):
             raise UserError(
                 f"{found.stages[stage]}: expected the images that stage {max(sets)} keeps of stages 1 to {stage}, "
                 "found others; the stages do not belong together"
@@ -89,6 +89,8 @@ def tensors_of(sets):
     last = max(sets)
     data = sets[last]
     tensors = {"images": data.images, "pixels": data.pixels, "labels": data.labels, "stage": data.stage}
+    if data.soft_labels is not None:
+        tensors["soft_labels"] = data.soft_labels
     if data.syn_lr is not None:
         rates = [sets[stage].syn_lr if stage in sets else float("nan") for stage in range(1, last + 1)]
         tensors["syn_lr"] = torch.tensor(rates)

@@ -4,6 +4,7 @@
     python scripts/reproduce.py cifar10-mtt-ipc10                   # PDD+MTT, 10 images per class in 5 stages of 2
     python scripts/reproduce.py cifar10-mtt-ipc10-oneshot           # its base method: the same images in one stage
     python scripts/reproduce.py cifar10-mtt-ipc10 --scale small     # a reduced version for a CPU
+    python scripts/reproduce.py cifar10-mtt-ipc10 --preset datm     # with soft labels and windows that widen
     python scripts/reproduce.py cifar10-mtt-ipc10 -- --seed 1 --tag seed1
 
 Each step's command is printed before it runs. Options after -- go to every script of the row that knows them. The same
@@ -94,6 +95,7 @@ OWN = {
     },
 }  # fmt: skip
 
+SUCCESSORS = ("datm", "seqmatch")
 ROWS = [name + end for name in PRESETS for end in ("", ONESHOT, CROSS)]
 TRAIN_IMAGES = {"CIFAR10": 50_000, "CIFAR100": 50_000, "Tiny": 100_000}
 NOTES = """memory: estimated for a GPU from the sizes of images, parameters and saved tensors, not measured;
@@ -115,11 +117,14 @@ def parse(words):
     parser.add_argument("row", nargs="?", choices=ROWS, metavar="ROW", help="of the table; see --list")
     parser.add_argument("--list", action="store_true", help="print all rows, or ROW, with steps, memory and disk")
     parser.add_argument("--scale", default="full", choices=("full", "small"), help="small: ends on a CPU")
+    parser.add_argument("--preset", choices=SUCCESSORS, help="a row of PDD+MTT with the ideas of DATM or SeqMatch")
     parser.add_argument("--data_path", help="folder of the data set, instead of the scripts' default")
     parser.add_argument("--buffer_path", help="root folder of the experts, instead of the scripts' default")
     parser.add_argument("--root_log_dir", help="root folder of the results, instead of logged_files or results")
     parser.add_argument("--dry_run", action="store_true", help="print the row's commands and sizes, then stop")
     args = parser.parse_args(words)
+    if args.preset and "-mtt-" not in (args.row or ""):
+        parser.error(f"--preset {args.preset}: expected a row of PDD+MTT, found {args.row or 'none'}")
     if not args.row and not args.list:
         parser.error("expected the name of a row, or --list")
     return args
@@ -159,17 +164,34 @@ def named(words):
     return found
 
 
-def presets(row, scale):
+def successor(preset, options, stages):
+    """Return the options that add the ideas of DATM or SeqMatch to a row of PDD+MTT; not their authors' settings.
+
+    DATM learns soft labels and widens the window of start epochs from easy to hard. SeqMatch gives each subset a later
+    part of the trajectories, and a learning rate of its own in evaluation.
+    """
+    last, steps = options["max_start_epoch"], range(stages)
+    begins, ends = [last * step // stages for step in steps], [-(-last * (step + 1) // stages) for step in steps]
+    if preset == "datm":
+        begins, own = [0] * stages, {"soft_labels": True, "grow_start_epoch": options.get("Iteration", 5000) // 2}
+    else:
+        own = {"stage_lr": ",".join(f"{1 - step / stages:g}" for step in steps)}
+    return own | {"start_epochs": ",".join(f"{begin}:{end}" for begin, end in zip(begins, ends, strict=True))}
+
+
+def presets(row, scale, preset=None):
     """Return {script: {option: value}} of a row; not every script declares all of them."""
     oneshot, cross, small = row.endswith(ONESHOT), row.endswith(CROSS), scale == "small"
     name = row.removesuffix(ONESHOT).removesuffix(CROSS)
     method, stages = name.split("-")[1], 1 if oneshot else STAGES
     kind = "oneshot" if oneshot else "progressive" if method == "idc" else ""
-    tag = "_".join(filter(None, ("small" if small else "", kind)))
+    tag = "_".join(filter(None, ("small" if small else "", kind, preset)))
     shared = {"ipc": int(name.rpartition("ipc")[2]) // stages} | ({"tag": tag} if tag else {}) | PRESETS[name]
     shared["num-intervals" if method == "idc" else "num_intervals"] = stages
     if small:
         shared |= SMALL[method] | (SMALL_ONESHOT[method] if oneshot else {})
+    if preset:
+        shared |= successor(preset, shared, stages)
     if cross:
         shared["eval_models"] = ARCHITECTURES
     return {script: shared | own for script, own in OWN[scale].items() if method in script}
@@ -190,7 +212,7 @@ def steps_of(row, args, extra):
     folders |= dict.fromkeys(("root_log_dir", "save_path", "results"), args.root_log_dir)
     folders = {name: folder for name, folder in folders.items() if folder}
     steps, known = [], set()
-    for script, preset in presets(row, args.scale).items():
+    for script, preset in presets(row, args.scale, args.preset).items():
         declared = vars(options_of(script, ["--ipc", "1"] if "idc" in script else []))
         words = []
         for name, value in (preset | folders | extra).items():

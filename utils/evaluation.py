@@ -15,7 +15,8 @@ from .run.errors import UserError
 from .run.log import Progress, print0
 from .stages import random_unions, staged_accuracies
 
-ROWS = {"distilled": "stages", "random": "random", "full": "full"}  # what networks are trained on: key of the report
+# What networks are trained on: key of the report. hard and random_soft stand beside unions with soft labels only.
+ROWS = {"distilled": "stages", "hard": "hard", "random": "random", "random_soft": "random_soft", "full": "full"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class EvalModel:
         name: of the architecture.
         network: function of k returning network k at its start.
         count: networks trained on distilled images, and as many on random real ones.
-        configs: {one of `ROWS`: list of the `TrainConfig` for each union}; for the full training set a list of one.
+        configs: {"distilled" | "random": list of the `TrainConfig` for each union; "full": a list of one}.
         save: called with (k, network) after the last distilled union; None to save nothing.
     """
 
@@ -51,6 +52,9 @@ class Evaluation:
         random: False to leave out the row of random real images.
         full_networks: networks trained on the full training set; 0 to leave out this row.
         checks: test accuracies measured in each stage, the last one at its end.
+        hard_unions: of unions with soft labels, the same images with hard ones; None for other unions.
+        soften: function of images (N, C, H, W) returning soft labels made as those of the unions were at their start;
+            None to leave out the row of random real images with such labels.
     """
 
     real: object
@@ -62,6 +66,8 @@ class Evaluation:
     random: bool = True
     full_networks: int = 1
     checks: int = 1
+    hard_unions: list | None = None
+    soften: Callable | None = None
 
     @functools.cached_property
     def key(self):
@@ -73,15 +79,19 @@ class Evaluation:
 
 def train_and_test(shared, model, kind, k):
     """Train network k for one of `ROWS`; returns a list of stages, each the list of its accuracies in percent."""
-    network, configs, keys = model.network(k), model.configs[kind], (kind, model.name, k)
+    origin = {"hard": "distilled", "random_soft": "random"}.get(kind, kind)
+    network, configs, keys = model.network(k), model.configs[origin], (origin, model.name, k)
     if kind == "full":
         with contextlib.closing(Progress(configs[0].epochs, f"{model.name}, full training set, epoch")) as progress:
             after = lambda _epoch, loss: progress.update(loss=loss)  # noqa: E731
             training.train(network, shared.real.train, configs[0], shared.seed, keys, after_epoch=after)
         return [[training.accuracy(network, shared.real.test)]]
-    unions = shared.unions
-    if kind == "random":
+    unions = shared.hard_unions if kind == "hard" else shared.unions
+    if origin == "random":
         unions = random_unions(shared.real, shared.ipc_totals, shared.seed, (k,))
+    if kind == "random_soft":
+        for union in unions:
+            union.labels = shared.soften(union.images)
     test, config_of = shared.real.test, configs.__getitem__
     accuracies = staged_accuracies(network, unions, config_of, test, shared.seed, keys, checks=shared.checks)
     if kind == "distilled" and model.save:
@@ -90,7 +100,10 @@ def train_and_test(shared, model, kind, k):
 
 
 def evaluate(shared, model, earlier):
-    """Return the report of one architecture: {"stages", "random", "full"}.
+    """Return the report of one architecture: {one of the values of `ROWS`: accuracies in percent}.
+
+    The rows hard and random_soft are there for unions with soft labels only: what the same networks learn from the same
+    images, or from random real ones, with the other kind of labels.
 
     Args:
         shared: `Evaluation`.
@@ -100,7 +113,11 @@ def evaluate(shared, model, earlier):
     """
     found = {}
     counts = {"distilled": model.count, "random": model.count * shared.random, "full": shared.full_networks}
+    if shared.hard_unions:
+        counts |= {"hard": model.count, "random_soft": counts["random"] if shared.soften else 0}
     for kind, row in ROWS.items():
+        if kind not in counts:
+            continue
         known, tasks = earlier.get(row), list(range(counts[kind]))
         saves = kind == "distilled" and model.save
         if not tasks or (known and report.network_count(known) == len(tasks) and not saves):

@@ -109,6 +109,15 @@ def staged_accuracies(network, unions, config_of, test, seed, keys, carry=True, 
     return accuracies
 
 
+@torch.no_grad()
+def soft_labels(network, images, temperature):
+    """Return the soft labels (N, K) that a network gives images (N, C, H, W): softmax of logits over `temperature`.
+
+    Batch normalisation takes the statistics of these images: trajectories hold no running ones.
+    """
+    return (network.train()(images) / temperature).softmax(1)
+
+
 def random_unions(real, ipc_totals, seed, keys):
     """Return the unions of a distillation that learned nothing: random real images of equal number.
 

@@ -26,12 +26,14 @@ class SyntheticSet:
         labels: (N,) int64.
         syn_lr: 0-dim float32, the synthetic learning rate; None for methods that learn none.
         counts: images of each stage; None for one frozen block.
+        soft: (N, K) float32, soft labels: probabilities of the classes; None for hard ones.
     """
 
-    def __init__(self, images, labels, syn_lr=None, counts=None):
-        self.images, self.labels, self.syn_lr = images, labels, syn_lr
+    def __init__(self, images, labels, syn_lr=None, counts=None, soft=None):
+        self.images, self.labels, self.syn_lr, self.soft = images, labels, syn_lr, soft
         self.counts = [len(labels)] if counts is None else counts
         self.learned = images[self.first_learned :]  # the newest subset: a view
+        self.learned_soft = None if soft is None else soft[self.first_learned :]
 
     def __len__(self):
         return len(self.labels)
@@ -42,23 +44,45 @@ class SyntheticSet:
         return sum(self.counts[:-1])
 
     @property
+    def parameters(self):
+        """What a stage moves: the newest images, syn_lr, and the newest soft labels if there are any."""
+        return [self.learned, self.syn_lr, *([] if self.soft is None else [self.learned_soft])]
+
+    @property
+    def targets(self):
+        """What networks are trained towards: the soft labels, else the classes."""
+        return self.labels if self.soft is None else self.soft
+
+    @property
     def stage(self):
         """The stage (from 1) that learned each image, (N,) int64."""
         return torch.arange(1, len(self.counts) + 1).repeat_interleave(torch.tensor(self.counts))
 
-    def extended(self, subset, labels, syn_lr=None):
-        """Return the next stage's set: this one frozen, `subset` (n, C, H, W) with `labels` (n,) to be learned."""
+    def extended(self, subset, labels, syn_lr=None, soft=None):
+        """Return the next stage's set: this one frozen, `subset` (n, C, H, W) with `labels` (n,) to be learned.
+
+        Args:
+            soft: (n, K) soft labels of the subset, if the frozen ones have such, too (hard ones become one-hot).
+        """
         counts = [*self.counts, len(labels)] if len(self) else [len(labels)]
-        return SyntheticSet(torch.cat([self.images, subset]), torch.cat([self.labels, labels]), syn_lr, counts)
+        if soft is not None:
+            frozen = F.one_hot(self.labels, soft.shape[1]).to(soft) if self.soft is None else self.soft
+            soft = torch.cat([frozen, soft])
+        return SyntheticSet(torch.cat([self.images, subset]), torch.cat([self.labels, labels]), syn_lr, counts, soft)
 
     def copy(self):
         """Return a set with images of its own; all else is shared."""
-        return SyntheticSet(self.images.clone(), self.labels, self.syn_lr, self.counts)
+        return SyntheticSet(self.images.clone(), self.labels, self.syn_lr, self.counts, self.soft)
+
+    def hard(self):
+        """Return the set without its soft labels."""
+        return SyntheticSet(self.images, self.labels, self.syn_lr, self.counts)
 
     def union(self, stages):
         """Return the union of the first `stages` stages."""
         end = sum(self.counts[:stages])
-        return SyntheticSet(self.images[:end], self.labels[:end], self.syn_lr, self.counts[:stages])
+        soft = None if self.soft is None else self.soft[:end]
+        return SyntheticSet(self.images[:end], self.labels[:end], self.syn_lr, self.counts[:stages], soft)
 
     def clamped(self):
         """Return the set with pixels in [0, 1]."""
@@ -83,8 +107,8 @@ class SyntheticSet:
         return grid[:, label].transpose(0, 1).flatten(0, 1)
 
     def dataset(self):
-        """Return the images and labels to train on."""
-        return ImageDataset(self.images.detach(), self.labels)
+        """Return the images and targets to train on."""
+        return ImageDataset(self.images.detach(), self.targets)
 
 
 def empty_set(real, canvas=1):
@@ -151,13 +175,21 @@ def _shrunk_grids(images):
 
 # PDD+MTT's files ------------------------------------------------------------------------------------------------------
 
-PARTS = {"images": ("images (N, C, H, W)", 4), "labels": ("labels (N,)", 1), "syn_lr": ("one number", 0)}
+PARTS = {  # what a file holds, and how many axes that has
+    "images": ("images (N, C, H, W)", (4,)),
+    "labels": ("labels (N,) or soft labels (N, K)", (1, 2)),
+    "classes": ("labels (N,)", (1,)),
+    "syn_lr": ("one number", (0,)),
+}
 
 
 def save_mtt(folder, tag, synthetic):
-    """Write images_{tag}.pt, labels_{tag}.pt and syn_lr_{tag}.pt into `folder`."""
-    for part in PARTS:
-        files.save(Path(folder) / f"{part}_{tag}.pt", getattr(synthetic, part).detach().cpu())
+    """Write images_{tag}.pt, labels_{tag}.pt and syn_lr_{tag}.pt into `folder`, and classes_{tag}.pt of soft labels."""
+    parts = {"images": synthetic.images, "labels": synthetic.targets, "syn_lr": synthetic.syn_lr}
+    if synthetic.soft is not None:
+        parts["classes"] = synthetic.labels
+    for part, value in parts.items():
+        files.save(Path(folder) / f"{part}_{tag}.pt", value.detach().cpu())
 
 
 def load_mtt(folder, tag="best", device="cpu", info=None, canvas=1, shares=(1,)):
@@ -178,10 +210,15 @@ def load_mtt(folder, tag="best", device="cpu", info=None, canvas=1, shares=(1,))
         UserError: a file is missing, damaged, of a wrong shape, type or data set, or holds NaN.
     """
     paths = {part: Path(folder) / f"{part}_{tag}.pt" for part in PARTS}
-    images, labels, syn_lr = (read_mtt_part(path, part) for part, path in paths.items())
+    images, labels, syn_lr = (read_mtt_part(paths[part], part) for part in ("images", "labels", "syn_lr"))
+    soft, of_classes = None, paths["labels"]
+    if labels.dim() == 2:
+        soft, of_classes = labels, paths["classes"]
+        labels = read_mtt_part(of_classes, "classes")
+        _check_soft(paths["labels"], soft, len(labels), info)
     if labels.dtype.is_floating_point or len(labels) != len(images) or not len(labels) or labels.min() < 0:
         raise UserError(
-            f"{paths['labels']}: expected {len(images)} integer labels >= 0, found {len(labels)} of {labels.dtype}; "
+            f"{of_classes}: expected {len(images)} integer labels >= 0, found {len(labels)} of {labels.dtype}; "
             "the files do not belong together"
         )
     if images.shape[2] != images.shape[3]:
@@ -192,14 +229,26 @@ def load_mtt(folder, tag="best", device="cpu", info=None, canvas=1, shares=(1,))
         check_shape(paths["images"], images, info, canvas)
         if (largest := int(labels.max())) >= info.num_classes:
             raise UserError(
-                f"{paths['labels']}: expected labels below {info.num_classes} for {info.name}, found {largest}; name "
+                f"{of_classes}: expected labels below {info.num_classes} for {info.name}, found {largest}; name "
                 "the right --dataset"
             )
     if len(labels) % sum(shares):
         shape = f"in proportion {shares}" if len(set(shares)) > 1 else "of equal size"
         raise UserError(f"{paths['images']}: expected {len(shares)} stages {shape}, found {len(labels)} images")
     counts = [len(labels) // sum(shares) * share for share in shares]
-    return SyntheticSet(images.float().to(device), labels.long().to(device), syn_lr.float().to(device), counts)
+    soft = None if soft is None else soft.float().to(device)
+    return SyntheticSet(images.float().to(device), labels.long().to(device), syn_lr.float().to(device), counts, soft)
+
+
+def _check_soft(path, soft, count, info):
+    found = tuple(soft.shape)
+    expected = (count, info.num_classes if info else found[1])
+    good = found == expected and soft.is_floating_point()
+    if not good or soft.min() < 0 or not torch.allclose(soft.double().sum(1), torch.ones(count).double(), atol=1e-3):
+        raise UserError(
+            f"{path}: expected soft labels {expected} >= 0 whose rows sum to 1, found {found} of {soft.dtype} from "
+            f"{float(soft.min()):.3g} to {float(soft.max()):.3g}; the files do not belong together"
+        )
 
 
 def check_shape(path, images, info, canvas=1):
@@ -224,11 +273,11 @@ def read_mtt_part(path, part):
     """
     what, dimensions = PARTS[part]
     value = files.load(path, what)
-    if isinstance(value, (int, float)) and dimensions == 0:
+    if isinstance(value, (int, float)) and dimensions == (0,):
         value = torch.tensor(value)
-    if dimensions == 0 and isinstance(value, torch.Tensor) and value.numel() == 1:
+    if dimensions == (0,) and isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.reshape(())
-    if not isinstance(value, torch.Tensor) or value.dim() != dimensions:
+    if not isinstance(value, torch.Tensor) or value.dim() not in dimensions:
         found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise UserError(f"{path}: expected {what}, found {found}; make it anew")
     value = value.detach()

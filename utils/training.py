@@ -163,7 +163,7 @@ def minibatches(images, config, rng, index=None, shuffle=True):
         else:
             x, y = images.batch(chosen)
         if config.window:
-            x, y = random_windows(x, rng, config.window, config.samples), y.repeat(config.samples)
+            x, y = random_windows(x, rng, config.window, config.samples), torch.cat([y] * config.samples)
         if config.dsa:
             x = config.dsa.apply(x, config.dsa.draw(len(x), rng))
         partners, share = None, 1.0

@@ -4,8 +4,9 @@ The student makes N steps θ_{i+1} = θ_i − η g(θ_i, x_i) with g the gradien
 the loss is L = ‖θ_N − θ*‖² / ‖θ_0 − θ*‖². Its derivatives follow from the adjoint recursion
 
     λ_N = ∂L/∂θ_N,   λ_i = λ_{i+1} − η H_i λ_{i+1},
-    ∂L/∂x_i = −η (∂g/∂x_i)ᵀ λ_{i+1},   ∂L/∂η = −Σ_i ⟨g_i, λ_{i+1}⟩,
+    ∂L/∂x_i = −η (∂g/∂x_i)ᵀ λ_{i+1},   ∂L/∂y_i = −η (∂g/∂y_i)ᵀ λ_{i+1},   ∂L/∂η = −Σ_i ⟨g_i, λ_{i+1}⟩
 
+(y_i: labels of the minibatch, if they are probabilities),
 for which one step's graph at a time is enough: memory does not grow with N, for the θ_i are offloaded to a file (CPU)
 or to the host's memory (GPU). Steps whose graph is retained from the forward pass are not computed again.
 The result is the gradient of plain unrolling, not an approximation of it.
@@ -44,10 +45,13 @@ class Step:
     index: torch.Tensor
     augment: callable
 
+    def rows(self, count):
+        """Return the positions in the union of the `count` inputs of this step."""
+        return self.index.repeat(count // len(self.index))
+
     def labels(self, labels, count):
         """Return the labels of the `count` inputs of this step."""
-        chosen = labels[self.index]
-        return chosen.repeat(count // len(chosen))
+        return labels[self.rows(count)]
 
 
 def plan_batches(total, batch, steps, rng):
@@ -90,7 +94,7 @@ def match(
         student: `ReparamModule`.
         start, target: (numel,) parameters that the student starts from, and those to arrive at.
         syn_lr: 0-dim tensor η.
-        images, labels: (N, C, H, W) and (N,) int64, the union of all stages in network space.
+        images, labels: (N, C, H, W) and (N,) int64 or (N, K) probabilities, the union of all stages in network space.
         steps: list of `Step`.
         first_learned: images before this position are frozen; they get no gradient.
         retained_graphs: how many of the last steps keep their graph in the forward pass (0: constant memory;
@@ -101,7 +105,8 @@ def match(
             same networks.
 
     Returns:
-        (loss 0-dim, gradient of images[first_learned:], gradient of syn_lr 0-dim), all detached. In a team the loss
+        (loss 0-dim, gradient of images[first_learned:], gradient of syn_lr 0-dim), and for probabilities the gradient
+        of labels[first_learned:], all detached. In a team the loss
         is the whole one, and each rank has its own part of the gradients: their sum over the team is the gradient.
     """
     first_retained = len(steps) - retained_graphs
@@ -122,6 +127,7 @@ def match(
     adjoint = 2 * scale * (theta - target)
     images_gradient = torch.zeros_like(images)
     lr_gradient = torch.zeros_like(syn_lr)
+    labels_gradient = torch.zeros_like(labels) if labels.is_floating_point() else None
     for number in reversed(range(len(steps))):
         step = steps[number]
         graphs = retained.pop(number, None)
@@ -131,16 +137,19 @@ def match(
         for part in graphs:
             lr_gradient -= part.gradient.detach() @ adjoint
             # λ_0 is never used.
-            product, input_gradient = part.vjp(adjoint, of_theta=number > 0)
+            product, input_gradient, *target_gradient = part.vjp(adjoint, of_theta=number > 0)
             products.append(product)
             input_gradients.append(input_gradient)
+            for gradient in target_gradient:  # one, if labels are probabilities
+                labels_gradient.index_add_(0, part.rows, -syn_lr * gradient)
         if input_gradients:
             pulled = _pull_back(images, step, torch.cat(input_gradients), team)
             images_gradient.index_add_(0, step.index, -syn_lr * pulled)
         if number:
             adjoint = adjoint - syn_lr * team.all_reduce_sum(_total(products, adjoint))
     # Frozen images take part in the sums as well: telling them apart would wait for the device in every step.
-    return loss, images_gradient[first_learned:], lr_gradient
+    gradients = [] if labels_gradient is None else [labels_gradient[first_learned:]]
+    return loss, images_gradient[first_learned:], lr_gradient, *gradients
 
 
 class _Stack:
@@ -205,43 +214,49 @@ class _Graph:
 
     def __init__(self, student, theta, inputs, targets, total, keep):
         self.inputs, self.theta = inputs.detach().requires_grad_(keep), theta.detach().requires_grad_()
+        self.data = [self.inputs]
+        if targets.is_floating_point():
+            targets = targets.detach().requires_grad_(keep)
+            self.data.append(targets)
         loss = F.cross_entropy(student(self.theta, self.inputs), targets, reduction="sum") / total
         (self.gradient,) = torch.autograd.grad(loss, self.theta, create_graph=keep)
 
     def vjp(self, vector, of_theta):
-        """Return (∂g/∂θ)ᵀ `vector`, None if it is not wanted, and (∂g/∂x)ᵀ `vector`."""
-        wanted = [self.theta, self.inputs] if of_theta else [self.inputs]
-        *product, inputs = torch.autograd.grad(self.gradient, wanted, vector)
-        return product[0] if product else None, inputs
+        """Return (∂g/∂θ)ᵀ `vector`, None if it is not wanted, (∂g/∂x)ᵀ `vector`, and for probabilities that of y."""
+        found = torch.autograd.grad(self.gradient, [self.theta, *self.data] if of_theta else self.data, vector)
+        return found if of_theta else (None, *found)
 
 
 class _Explicit:
     """One slice of one step by the derivatives that networks/kernels/explicit.py writes out."""
 
     def __init__(self, student, theta, inputs, targets, total, keep):
-        self.student, self.theta, self.total = student, theta, total
+        self.student, self.theta, self.total, self.soft = student, theta, total, targets.is_floating_point()
         gradients, saved = student.gradient(student.parts(theta), inputs, targets, total)
         self.gradient = flatten(gradients)
         self.saved = saved if keep else ()
 
     def vjp(self, vector, of_theta):
-        """Return (∂g/∂θ)ᵀ `vector`, None if it is not wanted, and (∂g/∂x)ᵀ `vector`."""
-        parts = self.student.parts
-        products, inputs = self.student.vjp(parts(self.theta), self.saved, parts(vector), self.total, of_theta)
-        return flatten(products) if of_theta else None, inputs
+        """Return what `_Graph.vjp` does."""
+        parts, wanted = self.student.parts, (of_theta, self.soft)
+        products, *data = self.student.vjp(parts(self.theta), self.saved, parts(vector), self.total, *wanted)
+        return flatten(products) if of_theta else None, *data
 
 
 def _gradient_graphs(student, theta, images, labels, step, slice_size, keep, team):
     """Yield the slices of this rank's part of g(θ, x) of one step, with what their products need if `keep`."""
     with torch.no_grad():
         inputs = step.augment(images[step.index])
-    targets = step.labels(labels, len(inputs))
+    rows = step.rows(len(inputs))
+    targets = labels[rows]
     first, last = team.part(len(inputs))
     size = slice_size or len(inputs)
     kind = _Explicit if student.written_out(inputs) else _Graph
     for begin in range(first, last, size):
         part = slice(begin, min(begin + size, last))
-        yield kind(student, theta, inputs[part], targets[part], len(inputs), keep)
+        graph = kind(student, theta, inputs[part], targets[part], len(inputs), keep)
+        graph.rows = rows[part]
+        yield graph
 
 
 def _pull_back(images, step, gradient, team):
@@ -269,7 +284,7 @@ def choose_retained_graphs(wanted, student, start, synthetic, steps, slice_size=
     if wanted != "auto":
         return min(int(wanted), len(steps))
     largest = max(steps, key=lambda step: len(step.index))
-    size = graph_bytes(student, start, synthetic.images, synthetic.labels, largest, slice_size, team)
+    size = graph_bytes(student, start, synthetic.images, synthetic.targets, largest, slice_size, team)
     # The backward pass through a graph needs about as much again while it runs.
     fits = int(free_memory(start.device) / 2 / max(size, 1)) - 1
     return max(0, min(fits, len(steps)))
@@ -370,9 +385,9 @@ class TrajectoryMatcher:
         self.retained_graphs = None
 
     def backward(self, iteration):
-        """Fill learned.grad and syn_lr.grad of the synthetic set; returns the loss (0-dim)."""
+        """Fill learned.grad, syn_lr.grad and, with soft labels, learned_soft.grad of the set; returns the loss."""
         synthetic, config = self.synthetic, self.config
-        total = [torch.zeros_like(value) for value in (synthetic.syn_lr, synthetic.learned, synthetic.syn_lr)]
+        total = [torch.zeros_like(value) for value in (synthetic.syn_lr, *synthetic.parameters)]
         for trajectory in self.trajectories:
             start, target, steps = self.plan(iteration * config.trajectories + trajectory)
             if self.retained_graphs is None:
@@ -385,7 +400,7 @@ class TrajectoryMatcher:
                 target,
                 synthetic.syn_lr,
                 synthetic.images,
-                synthetic.labels,
+                synthetic.targets,
                 steps,
                 synthetic.first_learned,
                 self.retained_graphs,
@@ -396,7 +411,8 @@ class TrajectoryMatcher:
             found = [loss / self.team.count, *gradients]
             total = [whole.add_(part) for whole, part in zip(total, found, strict=True)]
         loss, *gradients = [distributed.all_reduce_sum(value).div_(config.trajectories) for value in total]
-        synthetic.learned.grad, synthetic.syn_lr.grad = gradients
+        for value, gradient in zip(synthetic.parameters, gradients, strict=True):
+            value.grad = gradient
         return loss
 
     def plan(self, number):
@@ -450,6 +466,7 @@ def check_finite(iteration, loss, synthetic):
         UserError: loss, an image or syn_lr is NaN or infinite; the message names the options to change.
     """
     values = {"the loss": loss, "a synthetic image": synthetic.learned, "syn_lr": synthetic.syn_lr}
+    values |= {} if synthetic.soft is None else {"a label": synthetic.soft}
     broken = [name for name, value in values.items() if not bool(torch.isfinite(value).all())]
     if broken:
         raise UserError(

@@ -37,7 +37,7 @@ def gradient(parameters, x, labels, total):
         parameters: list of the ConvNet's parameters: for each block kernel and offset of the convolution, scale and
             shift of the norm; then weight and bias of the linear layer.
         x: (B, C, H, W) images.
-        labels: (B,) int64.
+        labels: (B,) int64, or (B, K) probabilities whose rows sum to 1.
         total: number that the sum is divided by.
 
     Returns:
@@ -53,7 +53,8 @@ def gradient(parameters, x, labels, total):
         x = fused.pool(z)
     features = x.flatten(1)
     shares = torch.addmm(bias, features, weight.T).softmax(1)
-    g_logits = (shares - F.one_hot(labels, len(bias))) / total
+    targets = labels if labels.is_floating_point() else F.one_hot(labels, len(bias))
+    g_logits = (shares - targets) / total
     gradients = [g_logits.T @ features, g_logits.sum(0)]
     g_x = (g_logits @ weight).view(x.shape)
     for number in reversed(range(len(saved_blocks))):
@@ -67,7 +68,7 @@ def gradient(parameters, x, labels, total):
     return gradients, [features, shares, g_logits, *(tensor for block in saved_blocks for tensor in block)]
 
 
-def vjp(parameters, saved, vectors, total, of_parameters=True):
+def vjp(parameters, saved, vectors, total, of_parameters=True, of_labels=False):
     """The derivatives of ⟨g, λ⟩.
 
     Args:
@@ -76,9 +77,11 @@ def vjp(parameters, saved, vectors, total, of_parameters=True):
         vectors: λ, a list shaped like the parameters.
         total: as for `gradient`.
         of_parameters: False leaves (∂g/∂θ)ᵀλ out.
+        of_labels: True adds (∂g/∂y)ᵀλ for probabilities y.
 
     Returns:
-        (list of the derivatives with respect to the parameters or None, that with respect to the images).
+        (list of the derivatives with respect to the parameters or None, that with respect to the images, and with
+        of_labels that with respect to the labels).
     """
     *blocks, weight, _ = parameters
     *block_vectors, v_weight, v_bias = vectors
@@ -102,7 +105,8 @@ def vjp(parameters, saved, vectors, total, of_parameters=True):
     # The logits, where the backward pass began.
     shape, along = along.shape, along.flatten(1)
     d_g_logits = torch.addmm(v_bias, along, weight.T).addmm_(features, v_weight.T)
-    d_logits = shares * (d_g_logits - (shares * d_g_logits).sum(1, keepdim=True)) / total
+    centred = d_g_logits - (shares * d_g_logits).sum(1, keepdim=True)  # the derivative of log softmax along λ
+    d_logits = shares * centred / total
     results = [(g_logits.T @ along).addmm_(d_logits.T, features), d_logits.sum(0)]
 
     # Back through the forward pass.
@@ -119,7 +123,7 @@ def vjp(parameters, saved, vectors, total, of_parameters=True):
             if own_kernel is not None:
                 d_kernel += own_kernel
             results = [d_kernel, d_y.sum((0, 2, 3)), d_scale.add_(own_scale), d_shift, *results]
-    return results if of_parameters else None, d_x
+    return results if of_parameters else None, d_x, *([centred / -total] if of_labels else [])
 
 
 def compiled(function, note):

@@ -31,7 +31,7 @@ def test_killed_runs_continue(script, number, reference, tmp_path):
     kill_often(script, begin, KILLS, reference.runs[script], tmp_path, number, check)
 
 
-SUCCESSORS = ["--ema", 0.9, "--syn_lr_form", "exp", "--clip_grad", 0.1, "--grow_start_epoch", 2]
+SUCCESSORS = ["--ema", 0.9, "--syn_lr_form", "exp", "--clip_grad", 0.1, "--grow_start_epoch", 2, "--soft_labels"]
 # Script, more options, the event at which it is killed, which of them, epochs and iterations that this costs.
 COSTS = [
     pytest.param(B, ["--train_epochs", 4], r"write epoch_0002\.pt", 2, 1, id="an-epoch-of-an-expert"),

@@ -362,6 +362,52 @@ def test_subsets_of_unequal_size_and_windows_that_move(distil, monkeypatch, tmp_
     run("scripts.compare", folder, "--out", tmp_path / "compare")
 
 
+SOFT = ["--soft_labels", "--lr_label", 20]
+
+
+def test_soft_labels_start_as_an_experts_and_are_learned(distil, buffers, run, capsys, monkeypatch, tmp_path):
+    starts, steps, step = [], [], distill_mtt.step
+
+    def note(synthetic, *arguments):
+        if len(steps) % 5 == 0:
+            starts.append((synthetic.images.clone(), synthetic.soft.clone()))
+        steps.append(1)
+        step(synthetic, *arguments)
+        assert float(synthetic.soft.min()) >= 0
+        torch.testing.assert_close(synthetic.soft.sum(1), torch.ones(len(synthetic)))
+
+    monkeypatch.setattr(distill_mtt, "step", note)
+    accuracies = iter(range(100))  # each evaluation is the best so far
+    monkeypatch.setattr(distill_mtt, "evaluate", lambda *_: {"ConvNetW32": [float(next(accuracies))]})
+    folder = distil(*SOFT, "--soft_temperature", 2)
+    real = datasets.load("Digits", "", torch.device("cpu"))
+    network = training.new_network("ConvNetW32", real, 0)
+    for stage, (images, soft) in enumerate(starts, 1):
+        experts = buffers / "Digits" / "ConvNetW32" if stage == 1 else folder / FOLDERS[stage - 2]
+        with torch.no_grad():
+            last = load_buffer(experts / "replay_buffer_0.pt")[0][-1]
+            for parameter, value in zip(network.parameters(), last, strict=True):
+                parameter.copy_(value)
+            expected = (network(images[10 * stage - 10 :]) / 2).softmax(1)
+        torch.testing.assert_close(soft[10 * stage - 10 :], expected)
+        learned = torch.load(folder / FOLDERS[stage - 1] / "labels_best.pt", weights_only=True)
+        assert torch.equal(learned[: 10 * stage - 10], soft[: 10 * stage - 10])  # frozen with their subset
+        assert float((learned[10 * stage - 10 :] - soft[10 * stage - 10 :]).abs().max()) > 1e-4
+    data = load_distilled(folder)
+    assert torch.equal(data.soft_labels, learned) and data.labels.tolist() == list(range(10)) * 3
+    assert torch.equal(data[4][1], learned[4])
+    for kind in ("pt", "npz", "safetensors", "png"):
+        run("scripts.export", folder, "--format", kind, "--out", tmp_path / kind)
+        again = load_distilled(tmp_path / kind, 2)
+        assert torch.equal(again.soft_labels, learned[:20]) and torch.equal(again.labels, data.labels[:20])
+
+
+def test_one_hot_labels_that_are_not_learned_give_the_hard_run(distil, distilled):
+    folder = distil("--soft_labels", "--soft_init", "onehot", "--lr_label", 0)
+    for stage in (1, 2, 3):
+        torch.testing.assert_close(best_images(folder, stage), best_images(distilled, stage), rtol=1e-4, atol=1e-4)
+
+
 # --drop_easy ----------------------------------------------------------------------------------------------------------
 
 

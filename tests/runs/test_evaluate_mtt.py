@@ -5,8 +5,10 @@ import shutil
 import pytest
 import torch
 
+import evaluate_mtt
 import networks
-from tests.conftest import EXPERIMENT, STAGES, call, files_of, make_tree, run_script
+from networks.reparam import flatten
+from tests.conftest import EXPERIMENT, SHORT, STAGES, call, files_of, make_tree, run_script
 from tests.support.published import MTT_EXPERIMENT, SEED_COMMANDS, write_mtt
 from utils import training
 from utils.augment import DSA
@@ -15,6 +17,7 @@ from utils.results import names
 from utils.results.load import load_distilled
 from utils.results.report import table_rows
 from utils.run.streams import stream
+from utils.stages import evaluation_config, random_unions, staged_accuracies
 from utils.trajectories import load_buffer
 
 QUICK = ["--num_experts", "2", "--num_eval", "2", "--epoch_eval_train", "6", "--full_epochs", "2"]
@@ -317,3 +320,63 @@ def test_published_experts_of_another_shape_are_named(new_format, published):
     torch.save(trajectories, path, _use_new_zipfile_serialization=new_format)
     status, message = evaluate()
     assert status == 2 and message.splitlines()[-1].startswith(f"error: {path}: ") and "found (33,)" in message
+
+
+# Soft labels, and learning rates of stages ----------------------------------------------------------------------------
+
+
+def test_soft_labels_stand_beside_hard_ones_and_softened_random_images(buffers, tmp_path, capsys, monkeypatch):
+    stages_words = [*STAGES, "--num_intervals", 2, "--buffer_path", buffers]
+    soft = ["--soft_labels", "--soft_temperature", 2, "--lr_label", 5, "--root_log_dir", tmp_path / "soft"]
+    status, message = call("distill_mtt.py", *stages_words, *SHORT, *soft, capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 0, message
+    shutil.copytree(tmp_path / "soft", tmp_path / "hard")
+    for path in (tmp_path / "hard").rglob("classes_best.pt"):
+        path.replace(path.with_name("labels_best.pt"))
+    found = {}
+    for kind in ("soft", "hard"):
+        words = [*stages_words, *QUICK, "--skip_full", "--save_path", tmp_path / kind]
+        status, message = call("evaluate_mtt.py", *words, capsys=capsys, monkeypatch=monkeypatch)
+        assert status == 0, message
+        folder = tmp_path / kind / "Digits" / EXPERIMENT
+        found[kind] = json.loads((folder / "report.json").read_text())["models"]["ConvNetW32"]
+        assert not (folder / "partial").exists()
+    assert "hard" not in found["hard"] and "random_soft" not in found["hard"]
+    assert found["soft"]["random"] == found["hard"]["random"]
+    mean = {kind: row["accuracy_mean"] for kind, row in found["soft"].items() if kind in ("hard", "random_soft")}
+    assert mean["hard"] == found["hard"]["stages"][-1]["accuracy_mean"] != found["soft"]["stages"][-1]["accuracy_mean"]
+    rows = table_rows({"models": {"ConvNetW32": found["soft"]}, "config": {}})
+    assert [row["trained_on"] for row in rows] == [
+        "stage 1-1", "stage 1-2", "the same, hard labels", "random real", "random real, soft labels",
+    ]  # fmt: skip
+
+    real, accuracies = datasets.load("Digits", "", torch.device("cpu")), []
+    experts = load_buffer(buffers / "Digits" / "ConvNetW32" / "replay_buffer_0.pt")
+    config = evaluation_config(6, 0.03, 128, DSA("color_crop_cutout_flip_scale_rotate"))
+    teacher = training.new_network("ConvNetW32", real, 0)
+    torch.nn.utils.vector_to_parameters(flatten(experts[0][-1]), teacher.parameters())
+    for k in range(2):
+        network = training.new_network("ConvNetW32", real, 0)
+        torch.nn.utils.vector_to_parameters(flatten(experts[k][0]), network.parameters())
+        unions = random_unions(real, [1, 2], 0, (k,))
+        with torch.no_grad():
+            for union in unions:
+                union.labels = (teacher(union.images) / 2).softmax(1)
+        keys = ("random", "ConvNetW32", k)
+        accuracies.append(staged_accuracies(network, unions, lambda _: config, real.test, 0, keys)[-1][-1])
+    assert mean["random_soft"] == pytest.approx(sum(accuracies) / 2)
+
+
+def test_every_stage_can_have_its_own_factor_on_the_learning_rate(evaluate, distilled, monkeypatch):
+    rates, union_config = [], evaluate_mtt.mtt.union_config
+
+    def note(args, real, epochs, lr, dsa):
+        rates.append(float(lr))
+        return union_config(args, real, epochs, lr, dsa)
+
+    monkeypatch.setattr(evaluate_mtt.mtt, "union_config", note)
+    assert evaluate("--stage_lr", "1,0.5,2", "--num_experts", 1, *ALONE)[0] == 0
+    learned = [
+        float(torch.load(path / "syn_lr_best.pt", weights_only=True)) for path in sorted(distilled.glob("interval*"))
+    ]
+    assert rates == pytest.approx([learned[0], 0.5 * learned[1], 2 * learned[2]])

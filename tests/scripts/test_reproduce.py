@@ -36,7 +36,7 @@ SEED_IDC = [  # (options, folder) of the published readme
 
 
 def steps_of(row, scale="full", extra=(), **given):
-    given = {"data_path": None, "buffer_path": None, "root_log_dir": None} | given
+    given = {"data_path": None, "buffer_path": None, "root_log_dir": None, "preset": None} | given
     return reproduce.steps_of(row, argparse.Namespace(scale=scale, **given), reproduce.named(extra))
 
 
@@ -283,6 +283,11 @@ def test_missing_data_are_one_line(tmp_path):
         (["cifar10-mtt-ipc20"], "invalid choice: 'cifar10-mtt-ipc20'"),
         (["cifar10-mtt-ipc10", "--scale", "tiny"], "invalid choice: 'tiny'"),
         (["cifar10-idc-ipc10", "--", "--lr_teacher", "1"], "no script of cifar10-idc-ipc10 knows --lr_teacher"),
+        (
+            ["cifar10-idc-ipc10", "--preset", "datm"],
+            "--preset datm: expected a row of PDD+MTT, found cifar10-idc-ipc10",
+        ),
+        (["cifar10-mtt-ipc10", "--preset", "mtt"], "invalid choice: 'mtt'"),
         (["cifar10-mtt-ipc10", "--", "-x", "1"], "expected an option like --seed after --, found '-x'"),
         (["cifar10-mtt-ipc10", "--", "--ipc", "0"], "expected a whole number >= 1, found '0'; see distill_mtt.py"),
         (["cifar10-mtt-ipc10", "--dry_run", "--", "--dataset", "SVHN"], "--dataset SVHN: sizes are known for CIFAR10"),
@@ -296,6 +301,34 @@ def test_mistakes_end_in_one_line(words, message, tmp_path, monkeypatch, capsys)
     said = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and len(said) == 1 and message in said[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "row,scale,widening,moving",
+    [
+        ("cifar10-mtt-ipc10", "full", "0:1,0:2,0:3,0:4,0:5", "0:1,1:2,2:3,3:4,4:5"),
+        ("cifar100-mtt-ipc50", "full", "0:4,0:8,0:12,0:16,0:20", "0:4,4:8,8:12,12:16,16:20"),
+        ("cifar10-mtt-ipc10", "small", "0:1,0:1,0:2,0:2,0:2", "0:1,0:1,0:2,1:2,1:2"),
+        ("cifar10-mtt-ipc10-oneshot", "full", "0:5", "0:5"),
+    ],
+)
+def test_presets_of_the_methods_that_followed(row, scale, widening, moving):
+    plain, folders = steps_of(row, scale), set()
+    for preset, windows in (("datm", widening), ("seqmatch", moving)):
+        experts, distillation, evaluation = steps_of(row, scale, preset=preset)
+        assert experts.args == plain[0].args
+        begins_and_ends = [tuple(map(int, window.split(":"))) for window in windows.split(",")]
+        assert list(distillation.args.start_epochs) == begins_and_ends
+        soft = preset == "datm"
+        assert distillation.args.soft_labels == soft and bool(distillation.args.grow_start_epoch) == soft
+        stages = distillation.args.num_intervals
+        expected = None if soft else pytest.approx([1 - stage / stages for stage in range(stages)])
+        assert evaluation.args.stage_lr == expected
+        free = {"soft_labels", "grow_start_epoch", "start_epochs", "stage_lr", "tag"}
+        for step, before in zip((distillation, evaluation), plain[1:], strict=True):
+            assert {key for key, value in vars(step.args).items() if value != vars(before.args)[key]} <= free
+        folders.add(reproduce.report_path(evaluation))
+    assert len(folders | {reproduce.report_path(plain[-1])}) == 3
 
 
 def test_larger_sets_keep_no_graphs_and_every_row_has_other_architectures():

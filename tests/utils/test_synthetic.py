@@ -100,6 +100,55 @@ def test_mtt_files_round_trip(tmp_path, real):
     assert found.counts == [40] and found.images.dtype == torch.float32 and found.labels.dtype == torch.int64
 
 
+def soft_union():
+    union = union_of(2)
+    soft = torch.rand(40, CLASSES, generator=torch.Generator().manual_seed(0)).softmax(1)
+    return SyntheticSet(union.images, union.labels, union.syn_lr, union.counts, soft)
+
+
+def test_soft_labels_stay_with_their_images():
+    union = soft_union()
+    assert torch.equal(union.targets, union.soft) and torch.equal(union.dataset().labels, union.soft)
+    assert torch.equal(union.union(1).soft, union.soft[:20]) and torch.equal(union.copy().soft, union.soft)
+    assert union.hard().soft is None and torch.equal(union.hard().targets, union.labels)
+    assert torch.equal(union.learned_soft, union.soft[20:]) and len(union.parameters) == 3
+    more = union.extended(union.learned, union.labels[20:], soft=union.learned_soft)
+    more.learned_soft.zero_()
+    assert torch.equal(more.soft[:40], union.soft) and not more.soft[40:].any() and union.learned_soft.all()
+    late = union_of(1).extended(union.learned, union.labels[20:], soft=union.learned_soft)  # after hard ones
+    assert torch.equal(late.soft[:20].argmax(1), late.labels[:20]) and late.soft[:20].sum() == 20
+
+
+def test_files_of_soft_labels_round_trip(tmp_path, real):
+    union = soft_union()
+    save_mtt(tmp_path, "best", union)
+    assert torch.equal(torch.load(tmp_path / "labels_best.pt", weights_only=True), union.soft)
+    assert torch.equal(torch.load(tmp_path / "classes_best.pt", weights_only=True), union.labels)
+    found = load_mtt(tmp_path, "best", info=real.info, shares=(1, 1))
+    assert torch.equal(found.soft, union.soft) and torch.equal(found.labels, union.labels)
+
+
+@pytest.mark.parametrize(
+    "part,value,words",
+    [
+        ("labels", torch.full((39, 10), 0.1), "expected soft labels (40, 10) >= 0 whose rows sum to 1, found (39, 10)"),
+        ("labels", torch.full((40, 9), 1 / 9), "expected soft labels (40, 10) >= 0 whose rows sum to 1, found (40, 9)"),
+        ("labels", torch.full((40, 10), 0.2), "found (40, 10) of torch.float32 from 0.2 to 0.2"),
+        ("labels", torch.eye(10).repeat(4, 1).sub(0.1).add(0.1 * torch.eye(10)[[1]]), "from -0.1 to"),
+        ("classes", torch.arange(39) % 10, "expected soft labels (39, 10)"),
+        ("classes", torch.arange(40), "expected labels below 10 for Digits, found 39"),
+        ("classes", None, "expected labels (N,), found no file"),
+    ],
+)
+def test_files_of_soft_labels_that_do_not_fit_are_refused(part, value, words, tmp_path, real):
+    save_mtt(tmp_path, "best", soft_union())
+    path = tmp_path / f"{part}_best.pt"
+    path.unlink() if value is None else files.save(path, value)
+    with pytest.raises(UserError) as error:
+        load_mtt(tmp_path, info=real.info)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "part,value,words",
     [

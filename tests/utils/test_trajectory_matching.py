@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import networks
-from benchmarks.baseline import match_unrolled
+from benchmarks.baseline import match_unrolled, unfused
 from networks.reparam import ReparamModule, flatten
 from tests.conftest import PROJECT
 from tests.support.matching import case, relative, union_and_experts
@@ -251,6 +251,66 @@ def test_one_pass_takes_every_expert_once_and_epochs_stay_in_their_range():
     assert all(sorted(seen[i : i + 3]) == [0, 1, 2] for i in range(0, 60, 3))
     assert len({tuple(seen[i : i + 3]) for i in range(0, 60, 3)}) > 1  # another order in another pass
     assert epochs == {3, 4, 5, 6}
+
+
+def unrolled_with_labels(network, start, target, lr, images, labels, steps):
+    """Plain unrolling with soft labels; returns (loss, gradients of images, learning rate and labels)."""
+    student = ReparamModule(unfused(network))
+    images, lr, labels = (value.clone().requires_grad_() for value in (images, lr, labels))
+    theta = start.clone().requires_grad_()
+    for step in steps:
+        x = step.augment(images[step.index])
+        y = labels[step.index].repeat(len(x) // len(step.index), 1)
+        value = -(y * student(theta, x).log_softmax(1)).sum() / len(x)
+        theta = theta - lr * torch.autograd.grad(value, theta, create_graph=True)[0]
+    loss = (theta - target).square().sum() / (start - target).square().sum()
+    return loss.detach(), *torch.autograd.grad(loss, [images, lr, labels])
+
+
+@pytest.mark.parametrize("name", ["ConvNetW32", "ConvNetBN"])
+@pytest.mark.parametrize(
+    "retained_graphs,slice_size,first_learned", [(0, None, 0), (3, None, 4), (7, 2, 9), (0, 1, 4), (2, 4, 0)]
+)
+def test_gradients_of_soft_labels_equal_full_unrolling(name, retained_graphs, slice_size, first_learned):
+    if name == "ConvNetBN":
+        slice_size = None  # statistics of a minibatch are not those of its slices
+    student, start, target, lr, images, labels, steps, _ = case(name=name)
+    soft = torch.rand(len(labels), 4, dtype=torch.float64).softmax(1)
+    plain = networks.get_network(name, 3, 4, 16).double()
+    expected = unrolled_with_labels(plain, start, target, lr, images, soft, steps)
+    found = match(student, start, target, lr, images, soft, steps, first_learned, retained_graphs, slice_size)
+    learned = [expected[0], expected[1][first_learned:], expected[2], expected[3][first_learned:]]
+    assert len(found) == 4 and float(expected[3].abs().max()) > 1e-6
+    for value, truth in zip(found, learned, strict=True):
+        assert relative(value, truth) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["ConvNetW32", "ConvNetBN"])
+def test_one_hot_labels_give_what_classes_do(name):
+    student, start, target, lr, images, labels, steps, _ = case(name=name)
+    one_hot = torch.nn.functional.one_hot(labels, 4).double()
+    *found, _ = match(student, start, target, lr, images, one_hot, steps, 4)
+    for value, truth in zip(found, match(student, start, target, lr, images, labels, steps, 4), strict=True):
+        assert relative(value, truth) < 1e-12
+
+
+def test_one_iteration_fills_the_gradient_of_the_newest_labels():
+    student, experts, hard = union_and_experts()
+    soft = torch.rand(8, 4, dtype=torch.float64).softmax(1)
+    union = SyntheticSet(hard.images, hard.labels, hard.syn_lr, hard.counts, soft)
+    config = TrajectoryMatchConfig(batch_syn=3, syn_steps=4, expert_epochs=1, max_start_epoch=3, trajectories=2)
+    matcher = TrajectoryMatcher(student, experts, union, config)
+    matcher.backward(1)
+    found = [
+        unrolled_with_labels(student.network, start, target, union.syn_lr, union.images, soft, steps)
+        for start, target, steps in (matcher.plan(number) for number in (2, 3))
+    ]
+    for value, parts in (
+        (union.learned.grad, [f[1][4:] for f in found]),
+        (union.syn_lr.grad, [f[2] for f in found]),
+        (union.learned_soft.grad, [f[3][4:] for f in found]),
+    ):
+        assert relative(value, sum(parts) / 2) < 1e-10
 
 
 def test_the_window_of_start_epochs_grows_linearly():

@@ -140,6 +140,10 @@ _MATCHING = [
 ]  # fmt: skip
 # From the methods that followed MTT; off by default.
 _SUCCESSORS = [
+    ("--soft_labels", FLAG, False, "learn soft labels with the images, probabilities of the classes (DATM)"),
+    ("--soft_init", ("expert", "onehot"), "expert", "what they start from: an expert's softmax, or the classes"),
+    ("--soft_temperature", POSITIVE, 1.0, "temperature of that softmax"),
+    ("--lr_label", RATE, 10.0, "learning rate of soft labels"),
     ("--start_epochs", windows, None, "windows a:b of start epochs, a <= epoch < b, one for each stage joined by "
      "commas, or one for all, instead of --start_sampling_epoch and --max_start_epoch"),
     ("--grow_start_epoch", NATURAL, 0, "iterations of a stage over which its window grows from its first epoch to all "

@@ -1,9 +1,10 @@
 """Exports: distilled sets in formats that other programs read, with a JSON of how they were made.
 
 Tensors of a set: `images` (N, C, H, W) float32 in network space, `pixels` (N, C, H, W) float32 in [0, 1], `labels`
-(N,) int64, `stage` (N,) int64 from 1; with PDD+MTT `syn_lr` (P,) float32, the learning rate of each stage, NaN if
-unknown; with ZCA, if the transform is known, `zca_mean` (C·H·W,) and `zca_matrix` (C·H·W, C·H·W): network space is
-(pixels − mean) @ matrix. The format png holds a PNG for each image in class folders instead of these tensors.
+(N,) int64, `stage` (N,) int64 from 1; with learned labels `soft_labels` (N, K) float32; with PDD+MTT `syn_lr` (P,)
+float32, the learning rate of each stage, NaN if unknown; with ZCA, if the transform is known, `zca_mean` (C·H·W,) and
+`zca_matrix` (C·H·W, C·H·W): network space is (pixels − mean) @ matrix. The format png holds a PNG for each image in
+class folders instead of these tensors, and soft_labels.pt.
 """
 
 import contextlib
@@ -23,11 +24,12 @@ from ..run.errors import UserError, one_line
 
 ABOUT = "distilled.json"
 SHEET = "contact_sheet.png"
+SOFT = "soft_labels.pt"  # beside PNG images, in the order of their numbers
 TENSOR_FILES = tuple(f"distilled.{kind}" for kind in ("pt", "npz", "safetensors"))
 FORMATS = ("pt", "png", "npz", "safetensors")
 WHAT = "a distilled set written by scripts/export.py"
 OLD_IMAGES = "png"  # the class folders of earlier exports stood in this folder
-OWN = {ABOUT, SHEET, zca.FILE, OLD_IMAGES, *TENSOR_FILES}
+OWN = {ABOUT, SHEET, SOFT, zca.FILE, OLD_IMAGES, *TENSOR_FILES}
 CLASS_FOLDER = re.compile(r"(\d{3,})_.*")
 
 
@@ -68,6 +70,8 @@ def write(folder, kind, tensors, about):
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if kind == "png":
         _write_images(folder, tensors, about["data"]["class_names"])
+        if "soft_labels" in tensors:
+            files.save(folder / SOFT, tensors["soft_labels"])
         if "zca_matrix" in tensors:
             files.save(folder / zca.FILE, {name: tensors[name] for name in ("zca_mean", "zca_matrix")})
     elif kind == "pt":
@@ -128,11 +132,15 @@ def read(path):
         about = files.read_json(path, "how a distilled set was made")
         nested = path.parent / OLD_IMAGES
         tensors = _read_images(nested if nested.is_dir() else path.parent)
+        if (path.parent / SOFT).exists():
+            tensors["soft_labels"] = files.load(path.parent / SOFT, "learned labels")
         if (path.parent / zca.FILE).exists():
             tensors |= files.load(path.parent / zca.FILE, "a ZCA transform")
     else:
         tensors, about = _read_file(path)
         dimensions["images"] = 4
+    if "soft_labels" in tensors:
+        dimensions["soft_labels"] = 2
     for name, count in dimensions.items():
         shape = tuple(tensors[name].shape) if isinstance(tensors.get(name), torch.Tensor) else ()
         if len(shape) != count or not shape[0] or shape[0] != len(tensors["pixels"]):

@@ -13,13 +13,16 @@ from .names import stage_ipcs
 
 
 class DistilledSet(TensorDataset):
-    """A distilled set to train on: items are (image (C, H, W) float32 in network space, label 0-dim int64).
+    """A distilled set to train on: items are (image (C, H, W) float32 in network space, label).
+
+    A label is 0-dim int64, or with `soft_labels` (K,) float32; torch's cross_entropy takes both.
 
     Canvases (texture mode) are shown as random windows of the size of real images, drawn from torch's generator.
 
     Attributes:
         images: (N, C, H, W) float32 in network space.
         labels: (N,) int64.
+        soft_labels: (N, K) float32, learned probabilities of the classes; None for sets with hard labels.
         stage: (N,) int64 from 1: the stage that learned each image.
         syn_lr: float, the learning rate that the last of these stages learned with its images; None with PDD+IDC. (The
             files of an export hold a tensor `syn_lr` of the rates of all stages.)
@@ -28,9 +31,10 @@ class DistilledSet(TensorDataset):
         about: dict of how the set was made.
     """
 
-    def __init__(self, images, labels, stage, syn_lr, info, pixels=None, about=None):
-        super().__init__(images, labels)
+    def __init__(self, images, labels, stage, syn_lr, info, pixels=None, about=None, soft_labels=None):
+        super().__init__(images, labels if soft_labels is None else soft_labels)
         self.images, self.labels, self.stage, self.syn_lr = images, labels, stage, syn_lr
+        self.soft_labels = soft_labels
         self.info, self.about = info, about or {}
         self.num_classes, self.class_names = info.num_classes, info.class_names
         if pixels is not None:
@@ -109,7 +113,7 @@ def _load_mtt(distillation, stage):
     union = load_mtt(folder, info=info, canvas=canvas, shares=stage_ipcs(options.get("ipc", 1), stage)[:stage])
     pixels = _saved_pixels(folder, union) if info.zca and info.whitening is None else None
     about = _about(distillation)
-    return DistilledSet(union.images, union.labels, union.stage, float(union.syn_lr), info, pixels, about)
+    return DistilledSet(union.images, union.labels, union.stage, float(union.syn_lr), info, pixels, about, union.soft)
 
 
 def _saved_pixels(folder, union):
@@ -149,5 +153,6 @@ def _load_export(path, stage):
     kept = tensors["stage"] <= stage
     pixels, labels, stages = (tensors[name][kept] for name in ("pixels", "labels", "stage"))
     images = tensors["images"][kept] if "images" in tensors else info.transform(pixels)
+    soft = tensors["soft_labels"][kept] if "soft_labels" in tensors else None
     rates = {row["stage"]: row["syn_lr"] for row in about.get("stages", ())}
-    return DistilledSet(images, labels, stages, rates.get(stage), info, pixels, about)
+    return DistilledSet(images, labels, stages, rates.get(stage), info, pixels, about, soft)

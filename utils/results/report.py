@@ -58,14 +58,16 @@ def table_rows(report):
     """Return the rows of a report (the dict of report.json): the stages and the reference rows of each network.
 
     Returns:
-        List of dicts: kind (stages, random, full), network, trained_on, ipc, mean, std, networks; best: mean, std and
-        number of checks of the best accuracies, or three times None.
+        List of dicts: kind (stages, hard, random, random_soft, full), network, trained_on, ipc, mean, std, networks;
+        best: mean, std and number of checks of the best accuracies, or three times None.
     """
     rows = []
     for name, result in report["models"].items():
         total = result["stages"][-1]["ipc_total"]
         found = [("stages", f"stage 1-{row['stage']}", row["ipc_total"], row) for row in result["stages"]]
+        found += [("hard", "the same, hard labels", total, result.get("hard"))]
         found += [("random", "random real", total, result.get("random"))]
+        found += [("random_soft", "random real, soft labels", total, result.get("random_soft"))]
         found += [("full", "full training set", "all", result.get("full"))]
         rows += [
             {

@@ -46,6 +46,31 @@ def test_gradient_and_products_equal_autograd(depth, width, size, channel):
         assert nothing is None and relative([images], [expected_images]) < 1e-10
 
 
+def test_probabilities_in_place_of_labels_have_derivatives():
+    torch.manual_seed(0)
+    network = ConvNet(3, 5, 8, width=4, depth=2).double()
+    x = torch.randn(7, 3, 8, 8, dtype=torch.float64)
+    labels = torch.randint(5, (7,))
+    soft = torch.rand(7, 5, dtype=torch.float64).softmax(1).requires_grad_()
+    parameters = list(network.parameters())
+    vectors = [torch.randn_like(p) for p in parameters]
+
+    network.fuses = False
+    loss = -(soft * network(x).log_softmax(1)).sum() / 9
+    expected = torch.autograd.grad(loss, parameters, create_graph=True)
+    inner = sum((g * v).sum() for g, v in zip(expected, vectors, strict=True))
+    (expected_labels,) = torch.autograd.grad(inner, soft)
+
+    with torch.no_grad():
+        plain = [p.detach() for p in parameters]
+        gradients, saved = explicit.gradient(plain, x, soft.detach(), 9)
+        assert relative(gradients, [g.detach() for g in expected]) < 1e-11
+        _, _, found = explicit.vjp(plain, saved, vectors, 9, of_labels=True)
+        assert relative([found], [expected_labels]) < 1e-10
+        one_hot, classes = (explicit.gradient(plain, x, y, 9)[0] for y in (F.one_hot(labels, 5).double(), labels))
+        assert all(torch.equal(a, b) for a, b in zip(one_hot, classes, strict=True))
+
+
 @pytest.mark.parametrize(
     "name,channel,size,wanted",
     [
