@@ -1,0 +1,220 @@
+"""Run a study: rows of reproduce.py over several seeds of experts, distillation and evaluation, and one table of them.
+
+    python scripts/study.py base-methods --scale small --jobs 2 --data_path data/cifar10-jpeg
+    python scripts/study.py stages --methods mtt,idc --seeds 5 -- --device cuda
+
+base-methods  PDD in 5 stages; one stage with as many iterations as one of them; one stage with as many as all together
+stages        1, 2, 5 and 10 stages, 10 images per class and the same iterations in all
+experts       PDD+MTT with 3, 6, 12 and 24 experts
+larger        10, 50 and 100 images per class, in 5 stages and in one with as many iterations
+
+Options after -- go to every script that knows them. The same command again continues a study; studies of one --out
+share what they have in common. Hours are those of the CPU, or of the clock on a GPU, with those of interrupted runs.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts import reproduce
+from utils.options import COUNT, Parser, mtt
+from utils.results import compare, hours, page, seeds
+from utils.run import errors, files, signals
+from utils.run.log import log0, print0
+from utils.trajectories import buffer_folder
+
+ALL = reproduce.STAGES
+# {study: (images per class, [(stages, iterations of each in those that one of 5 stages makes)], [experts])}
+STUDIES = {
+    "base-methods": ([10], [(ALL, 1), (1, 1), (1, ALL)], [None]),
+    "stages": ([10], [(1, ALL), (2, ALL / 2), (5, ALL / 5), (10, ALL / 10)], [None]),
+    "experts": ([10], [(ALL, 1)], [3, 6, 12, 24]),
+    "larger": ([10, 50, 100], [(ALL, 1), (1, ALL)], [None]),
+}
+
+
+class Command(NamedTuple):
+    """A step of reproduce.py, the folder of what it makes, and the words of the step that must be done before."""
+
+    step: reproduce.Step
+    folder: Path
+    after: tuple | None
+
+
+def parse(words):
+    parser = Parser(__doc__)
+    parser.add_argument("name", choices=STUDIES, help="of the study")
+    parser.add_argument("--methods", default="mtt,idc,dm", help="base methods, joined by commas")
+    parser.add_argument("--scale", default="full", choices=("full", "small"), help="small: ends on a CPU")
+    parser.add_argument("--seeds", type=COUNT, default=3, help="seeds of the whole pipeline: 0, 1, …")
+    parser.add_argument("--jobs", type=COUNT, default=1, help="scripts at the same time; on GPUs one for each")
+    parser.add_argument("--data_path", help="folder of the data set, instead of the scripts' default")
+    parser.add_argument("--out", default="studies", help="folder of experts, results and tables")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands, then stop")
+    return parser.parse_args(words)
+
+
+def main():
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    args, extra = parse(words[:end]), reproduce.named(words[end + 1 :])
+    runs = dict(setting(*shape, args, extra) for shape in shapes_of(args))
+    commands = commands_of([steps for many in runs.values() for steps in many])
+    if args.dry_run:
+        print(*(reproduce.command(command.step) for command in commands.values()), sep="\n")
+        return
+    out = Path(args.out) / args.scale
+    signals.listen()
+    with files.locked(out, alone=False):
+        run_all(commands, args.jobs, out / "log.txt")
+        folders = {label: [collect(steps) for steps in many] for label, many in runs.items()}
+        rows = [seeds.summary(label, of_seeds) for label, of_seeds in folders.items()]
+        files.write_json(out / f"{args.name}.json", {"rows": rows})
+        text, first = seeds.table(rows), page.render([compare.read(of_seeds[0]) for of_seeds in folders.values()])
+        for name, content in ((f"{args.name}.md", text + "\n"), (f"{args.name}.html", first)):
+            with files.atomic(out / name, "w") as file:
+                file.write(content)
+        seeds.draw(rows, out / f"{args.name}.png")
+    print0(f"{text}\n\nwritten: {out / args.name}.md, .json, .png (accuracy against hours), .html (the first seed)")
+
+
+def shapes_of(args):
+    """Return the settings of a study as (row, stages, share of iterations, experts), the last as STUDIES has them.
+
+    Raises:
+        UserError: reproduce.py has rows for none of the --methods.
+    """
+    totals, shapes, experts = STUDIES[args.name]
+    methods = ["mtt"] if args.name == "experts" else args.methods.split(",")
+    rows = [f"cifar10-{method}-ipc{total}" for method in methods for total in totals]
+    rows = [row for row in rows if row in reproduce.PRESETS]
+    if not rows:
+        raise errors.UserError(f"--methods {args.methods}: expected base methods that reproduce.py has rows for")
+    return [(row, *shape, count) for row in rows for shape in shapes for count in experts]
+
+
+def setting(row, stages, share, experts, args, extra):
+    """Return (label, [steps of each seed]) of the images of `row` in `stages` stages of `share` × its iterations."""
+    steps = reproduce.steps_of(row, places(args, 0, 0), extra)
+    before, experts = vars(steps[-2].args), experts or getattr(steps[0].args, "num_experts", None)
+    ipc = before["ipc"] * before["num_intervals"] // stages
+    changed = {name: round(before[name] * share) for name in ("Iteration", "eval_it") if name in before}
+    if "niter" in before:
+        changed["niter"] = f"{before['niter'] * share:g}"
+    if args.scale == "small" and "lr_img_scaled" in before:  # an image moves as far in a sweep, as in reproduce.SMALL
+        changed["lr_img"] = f"{before['lr_img'] * before['ipc'] / ipc:g}"
+    length = " ".join(f"{name} {changed[name]}" for name in ("Iteration", "niter") if name in changed)
+    label, tag = f"{row.split('-')[1].upper()}, {stages} × {ipc}, {length}", f"{args.scale}_p{stages}_{length}"
+    if experts:
+        label, tag, changed["num_experts"] = f"{label}, {experts} experts", f"{tag}_experts{experts}", experts
+    changed |= {"ipc": ipc, "tag": tag.replace(" ", "")}
+    changed["num_intervals" if "-mtt-" in row else "num-intervals"] = stages
+    found = []
+    for seed in range(args.seeds):
+        words = {name: [str(value)] for name, value in (changed | {"seed": seed}).items()}
+        steps = reproduce.steps_of(row, places(args, seed, experts), extra | words)
+        if experts:  # evaluations have as many networks, however many experts there are
+            count = extra.get("num_experts", [reproduce.OWN[args.scale]["evaluate_mtt.py"]["num_experts"]])[0]
+            words = [*steps[-1].words, "--num_experts", str(count)]
+            steps[-1] = reproduce.Step(steps[-1].script, words, reproduce.options_of(steps[-1].script, words))
+        found.append(steps)
+    return label, found
+
+
+def places(args, seed, experts):
+    """Return reproduce.py's options of the folders of one seed; another number of experts has a folder of its own."""
+    root = Path(args.out) / args.scale / f"seed{seed}"
+    folders = {"buffer_path": str(root / f"buffers{experts}"), "root_log_dir": str(root / "results")}
+    return argparse.Namespace(scale=args.scale, data_path=args.data_path, **folders)
+
+
+def folder_of(step):
+    """Return the folder of what a step makes: the experts' or the result's."""
+    if step.script == "buffer_mtt.py":
+        return buffer_folder(step.args.buffer_path, mtt.dataset_subdir(step.args), step.args.model, step.args.zca)
+    return reproduce.report_path(step).parent
+
+
+def commands_of(runs):
+    """Return {its words: `Command`} of all steps of `runs` (lists of steps), in order and without finished runs."""
+    found = {}
+    for steps in runs:
+        after = None
+        for step in () if reproduce.finished_evaluation(steps[-1]) else steps:
+            words = (step.script, *step.words)
+            folder = folder_of(step if step.script == "buffer_mtt.py" else steps[-1])
+            found.setdefault(words, Command(step, folder, after))
+            after = words
+    return found
+
+
+def run_all(commands, jobs, log):
+    """Run `commands` ({words: `Command`}), `jobs` at the same time; what they print is appended to the file `log`.
+
+    Raises:
+        UserError: one of them failed; the others have been stopped, and a later call continues them.
+    """
+    left, running = dict(commands), {}
+    environment = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} | os.environ
+    devices = torch.cuda.device_count()
+    try:
+        while left or running:
+            undone = {*left, *(words for words, *_ in running.values())}
+            ready = [words for words, command in left.items() if command.after not in undone]
+            for words in ready[: jobs - len(running)]:
+                log0(f"$ {reproduce.command(left.pop(words).step)}")
+                if devices > 1:
+                    environment["CUDA_VISIBLE_DEVICES"] = str(list(commands).index(words) % devices)
+                with open(log, "ab") as out:
+                    whole = [sys.executable, reproduce.PROJECT / words[0], *words[1:]]
+                    process = subprocess.Popen(whole, stdout=out, stderr=out, env=environment, process_group=0)
+                running[process.pid] = words, process, time.monotonic()
+            words, status = finish_one(running, commands)
+            if status:
+                raise errors.UserError(
+                    f"{words[0]} ended with status {status}: {log} says why; the same command continues the study"
+                )
+    finally:
+        for _, process, _ in running.values():
+            process.terminate()
+        while running:
+            finish_one(running, commands)
+
+
+def finish_one(running, commands):
+    """Wait until one of `running` ({pid: (words, process, when it began)}) ends; its hours are added to its folder's.
+
+    Returns:
+        (words, exit status).
+    """
+    pid, status, used = os.wait4(-1, 0)
+    words, process, begun = running.pop(pid)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    step, folder, _ = commands[words]
+    on_gpu = step.args.device.startswith("cuda") or (step.args.device == "auto" and torch.cuda.is_available())
+    seconds = time.monotonic() - begun if on_gpu else used.ru_utime + used.ru_stime
+    if folder.is_dir():  # else it refused to begin
+        hours.add(folder, step.script, seconds / 3600, "GPU" if on_gpu else "CPU")
+    return words, process.returncode
+
+
+def collect(steps):
+    """Return the folder of a finished run's result; the hours of its experts are written beside its own."""
+    folder = folder_of(steps[-1])
+    found = hours.read(folder)
+    if steps[0].script == "buffer_mtt.py":
+        found |= hours.read(folder_of(steps[0]))
+    files.write_json(folder / hours.FILE, found)
+    return folder
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,142 @@
+"""python scripts/study.py: rows over seeds of the whole pipeline."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from scripts import reproduce, study
+from tests.conftest import PROJECT
+from utils.results import hours
+from utils.run import errors
+
+SHORT = shlex.split(
+    "--num_intervals 2 --num_experts 2 --train_epochs 4 --batch_train 32 --Iteration 2 --eval_it 1 --lr_lr 0 "
+    "--syn_steps 2 --num_eval 1 --override_epoch_eval_train 1 --epoch_eval_train 1 --full_epochs 1"
+)
+SMALLEST = ([10], [(1, 2)], [None])  # in place of base-methods
+
+
+def shapes(name, *words):
+    """Return {label: steps of seed 0} of a study."""
+    args = study.parse([name, "--seeds", "1", *words])
+    return {label: steps for row in study.shapes_of(args) for label, (steps,) in [study.setting(*row, args, {})]}
+
+
+@pytest.mark.parametrize("scale", ["small", "full"])
+def test_settings_of_the_studies(scale):
+    found = shapes("stages", "--scale", scale)
+    known = [method for method in ("mtt", "idc", "dm") if f"cifar10-{method}-ipc10" in reproduce.PRESETS]
+    assert len(found) == 4 * len(known)
+    iterations, folders = {}, set()
+    for label, steps in found.items():
+        args = vars(steps[-2].args)
+        assert args["ipc"] * args["num_intervals"] == 10 and vars(steps[-1].args)["ipc"] == args["ipc"]
+        total = args.get("Iteration", args.get("niter")) * args["num_intervals"]
+        iterations.setdefault(label.split(",")[0], set()).add(total)
+        folders.add(reproduce.report_path(steps[-1]))
+    assert all(len(totals) == 1 for totals in iterations.values()) and len(folders) == len(found)
+
+    base = shapes("base-methods", "--scale", scale)
+    shared = {reproduce.report_path(steps[-1]) for steps in base.values()} & folders
+    assert len(base) == 3 * len(known) and len(shared) == 2 * len(known)  # 5 stages, and one with all iterations
+    first = vars(next(iter(base.values()))[-2].args)
+    places = study.places(study.parse(["stages", "--scale", scale]), 0, 0)
+    preset = vars(reproduce.steps_of("cifar10-mtt-ipc10", places, {})[-2].args)
+    differing = {name for name in first if first[name] != preset[name]}
+    assert differing <= {"buffer_path", "root_log_dir", "tag", "num_experts"}
+
+    experts = list(shapes("experts", "--scale", scale).values())
+    assert [steps[0].args.num_experts for steps in experts] == [3, 6, 12, 24]
+    assert len({steps[1].args.buffer_path for steps in experts}) == 4
+    assert len({steps[2].args.num_experts for steps in experts}) == 1
+    larger = shapes("larger", "--scale", scale)
+    assert len({reproduce.report_path(steps[-1]) for steps in larger.values()}) == len(larger)
+
+
+def test_what_settings_share_is_run_once():
+    commands = study.commands_of(list(shapes("base-methods", "--methods", "mtt").values()))
+    assert [words[0] for words in commands] == ["buffer_mtt.py", *["distill_mtt.py", "evaluate_mtt.py"] * 3]
+    assert [command.after and command.after[0] for command in commands.values()] == [
+        None, *["buffer_mtt.py", "distill_mtt.py"] * 3,
+    ]  # fmt: skip
+
+
+def arguments(tree, out):
+    words = ["base-methods", "--methods", "mtt", "--scale", "small", "--seeds", 2, "--data_path", tree, "--out", out]
+    return list(map(str, [*words, "--", *SHORT]))
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory, cifar_tree):
+    """A study that was stopped by SIGTERM at its first distillation, and then continued.
+
+    Returns:
+        (folder, the experts' hours before the continuation, what it printed).
+    """
+    out = tmp_path_factory.mktemp("study")
+    code = f"from scripts import study; study.STUDIES['base-methods'] = {SMALLEST!r}; study.errors.run(study.main)"
+    command = [sys.executable, "-c", code, *arguments(cifar_tree, out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=PROJECT, env=environment, text=True, stderr=subprocess.PIPE) as process:
+        for line in process.stderr:
+            if "distill_mtt.py" in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        said = process.stderr.read()
+    assert process.returncode == 143 and "run the same command again to continue" in said, said
+    (experts,) = out.rglob("buffers2/**/hours.json")
+    before = json.loads(experts.read_text())
+    assert before["buffer_mtt.py"]["hours"] > 0
+    done = subprocess.run(command, cwd=PROJECT, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return out / "small", before, done.stdout
+
+
+def test_the_table_is_that_of_the_reports(studied, cifar_tree):
+    out, before, printed = studied
+    rows = json.loads((out / "base-methods.json").read_text())["rows"]
+    (row,) = rows
+    assert row["setting"] == "MTT, 1 × 4, Iteration 4, 2 experts"
+    folders = [next((out / f"seed{seed}" / "results" / "CIFAR10").iterdir()) for seed in (0, 1)]
+    reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
+    assert row["accuracies"] == [found["stages"][-1]["accuracy_mean"] for found in reports]
+    assert [found["config"]["seed"] for found in reports] == [0, 1]
+    spent = [hours.read(folder) for folder in folders]
+    assert all(set(found) == {"buffer_mtt.py", "distill_mtt.py", "evaluate_mtt.py"} for found in spent)
+    assert row["distillation"] == pytest.approx(sum(found["distill_mtt.py"]["hours"] for found in spent) / 2)
+    assert spent[0]["buffer_mtt.py"]["hours"] > before["buffer_mtt.py"]["hours"]  # of both runs
+    assert (out / "base-methods.md").read_text().strip() in printed
+    assert "MTT, 1 × 4" in printed and "<!DOCTYPE html>" in (out / "base-methods.html").read_text()
+
+
+def test_a_finished_study_runs_nothing(studied, cifar_tree, monkeypatch, capsys):
+    monkeypatch.setitem(study.STUDIES, "base-methods", SMALLEST)
+    monkeypatch.setattr(sys, "argv", ["study.py", *arguments(cifar_tree, studied[0].parent)])
+    monkeypatch.setattr(study.signals, "listen", lambda: None)
+    study.main()
+    printed = capsys.readouterr()
+    assert printed.out == studied[2] and "$ " not in printed.err
+
+
+def test_a_step_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
+    words = ["base-methods", "--methods", "idc", "--scale", "small", "--data_path", "/nowhere", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["study.py", *words])
+    monkeypatch.setattr(study.signals, "listen", lambda: None)
+    with pytest.raises(SystemExit) as end:
+        errors.run(study.main)
+    *_, said = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and said.startswith("error: distill_idc.py ended with status 2: ")
+    assert "/nowhere" in (tmp_path / "small" / "log.txt").read_text()
+    assert not list(tmp_path.rglob(hours.FILE))
+
+
+def test_unknown_methods_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["study.py", "stages", "--methods", "dsa"])
+    with pytest.raises(SystemExit) as end:
+        errors.run(study.main)
+    assert end.value.code == 2 and "expected base methods that reproduce.py has rows for" in capsys.readouterr().err

@@ -1,0 +1,83 @@
+"""Results of several seeds of the whole pipeline as one line of a study: accuracy and hours."""
+
+import statistics
+from pathlib import Path
+
+from scipy import stats
+from tabulate import tabulate
+
+from ..run import files
+from . import hours, report
+
+PARTS = {"experts": "buffer", "distillation": "distill", "evaluation": "evaluate"}  # first words of their scripts
+NOTE = "accuracy: mean over seeds of distillations; std of them as a sample; 95 % interval of the mean by Student's t"
+
+
+def summary(label, folders):
+    """Return {column: number or text} of one setting.
+
+    Args:
+        label: its name.
+        folders: of its results, one for each seed, with report.json and hours.json.
+
+    Returns:
+        Among others accuracy (mean over seeds of the mean over networks after the last stage), std (of the sample of
+        seeds), half (the 95 % interval of the mean by Student's t is accuracy ± half; both None with one seed), over
+        random (points over random real images, None without that row), hours of each of `PARTS` (mean over seeds).
+    """
+    reports = [report.table_rows(files.read_json(Path(folder) / "report.json")) for folder in folders]
+    last = [[row for row in rows if row["kind"] == "stages"][-1] for rows in reports]
+    random = [row["mean"] for rows in reports for row in rows if row["kind"] == "random"]
+    accuracies, count = [row["mean"] for row in last], len(folders)
+    mean, std, half = statistics.mean(accuracies), None, None
+    if count > 1:
+        std = statistics.stdev(accuracies)
+        half = float(stats.t.ppf(0.975, count - 1)) * std / count**0.5
+    over = mean - statistics.mean(random) if random else None
+    found = {"setting": label, "images per class": last[0]["ipc"], "seeds": count, "accuracies": accuracies}
+    found |= {"accuracy": mean, "std": std, "half": half, "over random": over}
+    measured = [hours.read(folder) for folder in folders]
+    for name, begin in PARTS.items():
+        parts = [part for of_seed in measured for script, part in of_seed.items() if script.startswith(begin)]
+        found[name] = sum(part["hours"] for part in parts) / count
+    found["unit"] = "/".join(sorted({part["unit"] for of_seed in measured for part in of_seed.values()}))
+    return found
+
+
+def cost(row):
+    """Return the hours that made the images of a `summary`: experts and distillation."""
+    return row["experts"] + row["distillation"]
+
+
+def table(rows):
+    """Return the Markdown table of `summary`s, accuracy against hours: the cheapest first."""
+    headers = ["setting", "images per class", "seeds", "accuracy (%)", "std", "95 % interval", "over random"]
+    headers += [f"{name} (h)" for name in PARTS] + ["hours of"]
+    number = lambda value, form="{:.2f}": "" if value is None else form.format(value)  # noqa: E731
+    lines = []
+    for row in sorted(rows, key=cost):
+        mean, half = row["accuracy"], row["half"]
+        interval = "" if half is None else f"{mean - half:.2f} to {mean + half:.2f}"
+        cells = [row["setting"], row["images per class"], row["seeds"], number(mean), number(row["std"]), interval]
+        spent = [number(row[name], "{:.3g}") for name in PARTS]
+        lines.append([*cells, number(row["over random"], "{:+.2f}"), *spent, row["unit"]])
+    return tabulate(lines, headers, "github", disable_numparse=True) + f"\n\n{NOTE}"
+
+
+def draw(rows, path):
+    """Draw accuracy against the hours of experts and distillation into the PNG `path`, with the 95 % intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8.6, 4.4), layout="constrained")
+    for row in rows:
+        axes.errorbar(
+            cost(row), row["accuracy"], yerr=row["half"], marker="o", linestyle="", capsize=3, label=row["setting"]
+        )
+    axes.set_xlabel(f"{rows[0]['unit']} hours of experts and distillation, mean over seeds")
+    axes.set_ylabel("test accuracy (%), 95 % interval")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+    report.save_figure(path, figure)
