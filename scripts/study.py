@@ -13,19 +13,21 @@ share what they have in common. Hours are those of the CPU, or of the clock on a
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import evaluate_idc
+import evaluate_mtt
 from scripts import reproduce
-from utils.options import COUNT, Parser, mtt
+from utils.options import COUNT, Parser, config_of, mtt
 from utils.results import compare, hours, page, seeds
 from utils.run import errors, files, signals
 from utils.run.log import log0, print0
@@ -39,14 +41,6 @@ STUDIES = {
     "experts": ([10], [(ALL, 1)], [3, 6, 12, 24]),
     "larger": ([10, 50, 100], [(ALL, 1), (1, ALL)], [None]),
 }
-
-
-class Command(NamedTuple):
-    """A step of reproduce.py, the folder of what it makes, and the words of the step that must be done before."""
-
-    step: reproduce.Step
-    folder: Path
-    after: tuple | None
 
 
 def parse(words):
@@ -69,13 +63,15 @@ def main():
     runs = dict(setting(*shape, args, extra) for shape in shapes_of(args))
     commands = commands_of([steps for many in runs.values() for steps in many])
     if args.dry_run:
-        print(*(reproduce.command(command.step) for command in commands.values()), sep="\n")
+        print(*(reproduce.command(step) for step, *_ in commands.values()), sep="\n")
         return
     out = Path(args.out) / args.scale
     signals.listen()
     with files.locked(out, alone=False):
         run_all(commands, args.jobs, out / "log.txt")
-        folders = {label: [collect(steps) for steps in many] for label, many in runs.items()}
+        for steps in (steps for many in runs.values() for steps in many):  # the experts' hours, beside the result's own
+            hours.copy(folder_of(steps[0]), folder_of(steps[-1]))
+        folders = {label: [folder_of(steps[-1]) for steps in many] for label, many in runs.items()}
         rows = [seeds.summary(label, of_seeds) for label, of_seeds in folders.items()]
         files.write_json(out / f"{args.name}.json", {"rows": rows})
         text, first = seeds.table(rows), page.render([compare.read(of_seeds[0]) for of_seeds in folders.values()])
@@ -137,27 +133,40 @@ def places(args, seed, experts):
 
 
 def folder_of(step):
-    """Return the folder of what a step makes: the experts' or the result's."""
+    """Return the folder of experts or of an evaluation's report."""
     if step.script == "buffer_mtt.py":
         return buffer_folder(step.args.buffer_path, mtt.dataset_subdir(step.args), step.args.model, step.args.zca)
-    return reproduce.report_path(step).parent
+    return (evaluate_mtt.experiment_folder if "mtt" in step.script else evaluate_idc.result_folder)(step.args)
+
+
+def finished(step):
+    """True if an evaluation was done with the step's options."""
+    path = folder_of(step) / "report.json"
+    if not path.exists():
+        return False
+    found = files.read_json(path, "the report of an evaluation", {"config": dict})
+    return not files.differing(found["config"], json.loads(json.dumps(config_of(step.args))))
 
 
 def commands_of(runs):
-    """Return {its words: `Command`} of all steps of `runs` (lists of steps), in order and without finished runs."""
+    """Return the steps of `runs` (lists of steps), in order and without finished runs.
+
+    Returns:
+        {its words: (step, folder that its hours belong to, words of the step that must be done before or None)}.
+    """
     found = {}
     for steps in runs:
         after = None
-        for step in () if reproduce.finished_evaluation(steps[-1]) else steps:
+        for step in () if finished(steps[-1]) else steps:
             words = (step.script, *step.words)
             folder = folder_of(step if step.script == "buffer_mtt.py" else steps[-1])
-            found.setdefault(words, Command(step, folder, after))
+            found.setdefault(words, (step, folder, after))
             after = words
     return found
 
 
 def run_all(commands, jobs, log):
-    """Run `commands` ({words: `Command`}), `jobs` at the same time; what they print is appended to the file `log`.
+    """Run what `commands_of` returned, `jobs` at the same time; what they print is appended to the file `log`.
 
     Raises:
         UserError: one of them failed; the others have been stopped, and a later call continues them.
@@ -168,9 +177,9 @@ def run_all(commands, jobs, log):
     try:
         while left or running:
             undone = {*left, *(words for words, *_ in running.values())}
-            ready = [words for words, command in left.items() if command.after not in undone]
+            ready = [words for words, (*_, after) in left.items() if after not in undone]
             for words in ready[: jobs - len(running)]:
-                log0(f"$ {reproduce.command(left.pop(words).step)}")
+                log0(f"$ {reproduce.command(left.pop(words)[0])}")
                 if devices > 1:
                     environment["CUDA_VISIBLE_DEVICES"] = str(list(commands).index(words) % devices)
                 with open(log, "ab") as out:
@@ -204,16 +213,6 @@ def finish_one(running, commands):
     if folder.is_dir():  # else it refused to begin
         hours.add(folder, step.script, seconds / 3600, "GPU" if on_gpu else "CPU")
     return words, process.returncode
-
-
-def collect(steps):
-    """Return the folder of a finished run's result; the hours of its experts are written beside its own."""
-    folder = folder_of(steps[-1])
-    found = hours.read(folder)
-    if steps[0].script == "buffer_mtt.py":
-        found |= hours.read(folder_of(steps[0]))
-    files.write_json(folder / hours.FILE, found)
-    return folder
 
 
 if __name__ == "__main__":

@@ -38,11 +38,11 @@ def test_settings_of_the_studies(scale):
         assert args["ipc"] * args["num_intervals"] == 10 and vars(steps[-1].args)["ipc"] == args["ipc"]
         total = args.get("Iteration", args.get("niter")) * args["num_intervals"]
         iterations.setdefault(label.split(",")[0], set()).add(total)
-        folders.add(reproduce.report_path(steps[-1]))
+        folders.add(study.folder_of(steps[-1]))
     assert all(len(totals) == 1 for totals in iterations.values()) and len(folders) == len(found)
 
     base = shapes("base-methods", "--scale", scale)
-    shared = {reproduce.report_path(steps[-1]) for steps in base.values()} & folders
+    shared = {study.folder_of(steps[-1]) for steps in base.values()} & folders
     assert len(base) == 3 * len(known) and len(shared) == 2 * len(known)  # 5 stages, and one with all iterations
     first = vars(next(iter(base.values()))[-2].args)
     places = study.places(study.parse(["stages", "--scale", scale]), 0, 0)
@@ -55,13 +55,13 @@ def test_settings_of_the_studies(scale):
     assert len({steps[1].args.buffer_path for steps in experts}) == 4
     assert len({steps[2].args.num_experts for steps in experts}) == 1
     larger = shapes("larger", "--scale", scale)
-    assert len({reproduce.report_path(steps[-1]) for steps in larger.values()}) == len(larger)
+    assert len({study.folder_of(steps[-1]) for steps in larger.values()}) == len(larger)
 
 
 def test_what_settings_share_is_run_once():
     commands = study.commands_of(list(shapes("base-methods", "--methods", "mtt").values()))
     assert [words[0] for words in commands] == ["buffer_mtt.py", *["distill_mtt.py", "evaluate_mtt.py"] * 3]
-    assert [command.after and command.after[0] for command in commands.values()] == [
+    assert [after and after[0] for *_, after in commands.values()] == [
         None, *["buffer_mtt.py", "distill_mtt.py"] * 3,
     ]  # fmt: skip
 

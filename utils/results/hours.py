@@ -26,6 +26,11 @@ def add(folder, script, hours, unit):
     files.write_json(Path(folder) / FILE, found)
 
 
+def copy(source, folder):
+    """Write what the file in the folder `source` says beside what is known in `folder`."""
+    files.write_json(Path(folder) / FILE, read(folder) | read(source))
+
+
 def of_distillation(found):
     """Return (hours, unit) of experts and distillation together, evaluations left out; None if they are not known."""
     parts = [part for script, part in found.items() if script not in EVALUATIONS]

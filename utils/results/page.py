@@ -11,7 +11,6 @@ from matplotlib.ticker import MaxNLocator
 from ..run.errors import UserError, one_line
 from ..synthetic import load_idc
 from . import hours, known
-from .figures import labels
 from .load import load_stage
 from .report import SELECTED, table_rows
 
@@ -24,8 +23,7 @@ LARGEST = 96  # pixels of an image on the page
 
 def render(results):
     """Return the HTML of the page for a list of `compare.EvaluatedResult`."""
-    names = labels(results)
-    shown = [_describe(number, name, result) for number, (name, result) in enumerate(zip(names, results, strict=True))]
+    shown = [_describe(number, result) for number, result in enumerate(results, 1)]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("page.html").render(
@@ -40,16 +38,16 @@ def render(results):
     )
 
 
-def _describe(number, name, result):
+def _describe(number, result):
     """Return what the page says of one result."""
     rows = table_rows(result.report)
     own = [row for row in rows if row["network"] == result.report["model"]]
     by_kind = {kind: [row for row in own if row["kind"] == kind] for kind in ("stages", "random", "full")}
     measured, selected = hours.read(result.folder), result.report.get("select_on", "unknown").split(", ")
     return {
-        "number": number + 1,
-        "colour": number % 8,
-        "name": name,
+        "number": number,
+        "colour": (number - 1) % 8,
+        "name": f"{number}: {result.report['dataset']}, {result.method}, {result.report['model']}, {result.sizes}",
         "result": result,
         "dataset": result.report["dataset"],
         "rows": rows,

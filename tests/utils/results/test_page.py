@@ -111,7 +111,7 @@ def test_the_images_are_those_that_each_stage_learned(results, rendered):
     assert len(found) == 2 * 10 * 2  # results, classes, stages
     images, labels = torch.load(results[1].folder / "interval_1_data.pt", weights_only=True)
     for stage in (1, 2):
-        words = f"3, learned in stage {stage} by {page.labels(results)[1]}"
+        words = f"3, learned in stage {stage} by 2: Digits, PDD+IDC, conv2in_w0.25, 2 × 1"
         shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(found[words]))))
         expected = images[labels == 3][stage - 1 :: 2] * 255
         assert np.array_equal(shown, expected.round().byte()[0, 0].numpy())
