@@ -33,7 +33,7 @@ from tests.conftest import PROJECT, files_of
 UNLIKE = ("config.json", "buffer.json", "args.txt")
 MODULES = ["torch", "torchvision.utils", "PIL.Image", "PIL.PngImagePlugin", "sklearn.datasets",
            "sklearn.model_selection", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "tests.support.killer",
-           "utils.evaluation", "utils.gradient_matching", "utils.trajectory_matching", "utils.students",
+           "utils.evaluation", "utils.gradient_matching", "utils.trajectory_matching", "utils.idc_student",
            "utils.results.known", "utils.sizes"]  # fmt: skip
 LOG_BYTES = 1 << 20  # of events
 READ = (".pt", ".json", ".jsonl")  # files of runs, not those of modules
