@@ -23,7 +23,7 @@ import torch
 from utils import options, sizes
 from utils.gradient_matching import GradientMatcher
 from utils.idc_runs import Run, learn_stages, record
-from utils.options import COUNT, FLAG, NATURAL, Parser
+from utils.options import FLAG, Parser
 from utils.options import idc as idc_options
 from utils.pretrained import find_pretrained, load_pretrained, pretrain
 from utils.results import names
@@ -35,12 +35,7 @@ from utils.run.streams import stream
 SAVE_EVERY = 50  # outer iterations
 OOM_ADVICE = "--batch_syn_max, --batch_real, --batch_size, --transition_batch 1 or a smaller --width"
 
-SPEED = [
-    ("--transition_batch", COUNT, 1, "outer iterations whose networks are trained on the earlier unions together"),
-    ("--transition_pool", NATURAL, 0, "train this many networks on the earlier unions once and use them in turn; 0 "
-     "trains a new one for every outer iteration, as published"),
-    ("--pretrain", FLAG, False, "make the networks of --pt_from and --pt_num, then stop"),
-]  # fmt: skip
+PRETRAIN = [("--pretrain", FLAG, False, "make the networks of --pt_from and --pt_num, then stop")]
 
 
 def parse():
@@ -48,7 +43,7 @@ def parse():
     idc_options.add_options(parser, "begin at this stage (from 0)")
     parser.add_options("evaluation in a stage", options.SELECT_ON)
     parser.add_options("real images", options.DROP_EASY)
-    parser.add_options("speed", SPEED)
+    parser.add_options("speed", idc_options.SPEED + PRETRAIN)
     parser.add_options("machine", options.MACHINE)
     args = idc_options.resolve(parser)
     if args.start_interval >= args.num_intervals:
@@ -67,7 +62,7 @@ def main():
             "torchrun starts it"
         )
     real = options.held_out(args, idc_options.load_data(args, device))
-    idc_options.check_network(args, real)
+    idc_options.check_spec(args, real)
     run = IdcRun(args, real, idc_options)
     if args.pretrain:
         config = idc_options.train_config(args, run.pretrained_epochs[-1], real_images=True)

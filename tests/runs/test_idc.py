@@ -347,7 +347,7 @@ def test_the_same_compute_is_a_share_of_the_epochs(factor, epochs, monkeypatch):
     words = [*SHORT, "-f", factor, "--epochs", 100, "--same_compute"]
     for given, expected in (("True", epochs), ("False", 100)):
         model = evaluate_idc.eval_model("self", parsed(evaluate_idc, monkeypatch, *words, given), digits(), [None] * 3)
-        assert [model.config(index).epochs for index in range(3)] == [expected] * 3
+        assert [config.epochs for config in model.configs["distilled"]] == [expected] * 3
 
 
 def test_sets_of_other_methods_are_evaluated(run, tmp_path):  # SPEC 8.18
