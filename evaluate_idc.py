@@ -46,11 +46,14 @@ EVALUATION = [
 
 def parse():
     parser = Parser(__doc__)
-    method = METHODS[parser.peek("--method", "idc", METHODS)]
+    chosen = parser.peek("--method", "idc", METHODS)
+    method = METHODS[chosen]
     method.add_options(parser, "accepted, for the distillation's own command line; all stages are evaluated")
     parser.add_options("evaluation", options.EVALUATION + EVALUATION)
     parser.add_options("machine", options.MACHINE)
     args = method.resolve(parser)
+    if args.method != chosen:
+        parser.error(f"--method {args.method}: expected this option written out")
     if args.slct_type in LOADERS and not args.override_load_dir:
         parser.error(f"-s {args.slct_type}: expected its file with --override-load-dir FILE, found none")
     if args.new_only and args.last_only:

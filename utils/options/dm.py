@@ -9,7 +9,7 @@ from ..augment import DSA
 from ..data import datasets
 from ..feature_matching import METRICS, FeatureMatchConfig
 from ..results import names
-from . import COUNT, FRACTION, POSITIVE, RATE, check_network, idc, network_name
+from . import COUNT, FRACTION, POSITIVE, RATE, UNUSED, check_network, idc, network_name
 from .idc import SPEED, data_folder, dataset_subdir, subset, train_config  # noqa: F401 - of this method, too
 
 NETWORK = [
@@ -41,7 +41,7 @@ def add_options(parser, start_interval):
     """Declare the options that distillation and evaluation share; `start_interval` is the help of --start-interval."""
     replaced = {"network": NETWORK, "matching": [*MATCHING, *idc.SEED]}
     for title, rows in (idc.tables(start_interval) | replaced).items():
-        parser.add_options(title, rows)
+        parser.add_options(title, [row for row in rows if row[0] != "--time" and not row[3].startswith(UNUSED)])
 
 
 def resolve(parser):
