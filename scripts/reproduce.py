@@ -46,6 +46,7 @@ TINY = {
     "train_epochs": 24, "syn_steps": 20, "expert_epochs": 2, "max_start_epoch": 20, "lr_lr": 1e-04, "batch_syn": 64,
 }  # fmt: skip
 DM = {"model": "ConvNet", "factor": 2, "lr_teacher": 0.02, "mom": 0.9, "num_experts": 5, "train_epochs": 20}
+TINY_FOLDERS = dict.fromkeys(("data_path", "data_dir"), "data/tiny-imagenet-200")
 PRESETS = {
     "cifar10-mtt-ipc10": CIFAR10 | {"syn_steps": 50, "expert_epochs": 2, "max_start_epoch": 5, "lr_lr": 1e-07},
     "cifar10-mtt-ipc50": CIFAR10 | {"syn_steps": 30, "expert_epochs": 2, "max_start_epoch": 15, "lr_lr": 1e-05},
@@ -70,14 +71,14 @@ PRESETS = {
     "cifar10-dm-ipc50": DM | {"dataset": "cifar10"},
     "cifar100-dm-ipc10": DM | {"dataset": "cifar100"},
     "cifar100-dm-ipc50": DM | {"dataset": "cifar100"},
-    "tiny-dm-ipc10": DM | {"dataset": "tiny-imagenet", "data_path": "data/tiny-imagenet-200", "model": "ConvNetD4"},
-    "tiny-dm-ipc50": DM | {"dataset": "tiny-imagenet", "data_path": "data/tiny-imagenet-200", "model": "ConvNetD4"},
+    "tiny-dm-ipc10": DM | TINY_FOLDERS | {"dataset": "tiny-imagenet", "model": "ConvNetD4"},
+    "tiny-dm-ipc50": DM | TINY_FOLDERS | {"dataset": "tiny-imagenet", "model": "ConvNetD4"},
 }  # fmt: skip
 
-# --scale small changes these. MTT's one-shot row makes as many iterations as the stages of its PDD row together, on
-# minibatches of the same size, so that every image takes part in as many steps. IDC's makes as many as one stage, as
-# published, which also moves every image as often; its learning rate grows with the images of a stage, so that one
-# image moves as far in both only if the one-shot row's is set so much lower.
+# --scale small changes these. The one-shot rows of MTT and DM make as many iterations as the stages of the PDD row
+# together; MTT's on minibatches of the same size, so that every image takes part in as many steps. IDC's makes as many
+# as one stage, as published, which also moves every image as often; its learning rate grows with the images of a stage,
+# so that one image moves as far in both only if the one-shot row's is set so much lower.
 SMALL = {
     "mtt": {
         "model": "ConvNetW32", "zca": False, "lr_teacher": 0.02, "lr_lr": 1e-05, "batch_syn": 20, "syn_steps": 20,
@@ -86,13 +87,13 @@ SMALL = {
     },
     "idc": {"width": 0.25, "niter": 2, "inner_loop": 20, "n_data": 500, "lr_img": 0.25, "epochs": 100, "print-freq": 1,
         "eval_models": "self"},
-    "dm": {"model": "ConvNetW32", "num_experts": 2, "train_epochs": 8, "Iteration": 400, "epochs": 200, "lr_img": 0.01,
+    "dm": {"model": "ConvNetW32", "num_experts": 2, "train_epochs": 8, "Iteration": 400, "metric": "cf", "epochs": 200,
         "eval_models": "self", "buffer_path": "buffers/small"},
 }  # fmt: skip
 SMALL_ONESHOT = {
     "mtt": {"Iteration": 200 * STAGES, "eval_it": 100 * STAGES},
     "idc": {"lr_img": 0.25 / STAGES},
-    "dm": {},
+    "dm": {"Iteration": 400 * STAGES},
 }
 
 SCRIPTS = {

@@ -73,7 +73,7 @@ class FeatureMatchConfig:
         metric: `mean` or `cf`.
         cf_alpha, frequencies: weight of the amplitudes and number of frequencies of `cf`.
         calibration: weight of the mean cross-entropy of the synthetic images under a finished expert.
-        pass_images: images that go through the network together, about.
+        pass_pixels: of the images that go through the network together, about.
     """
 
     augment: DSA
@@ -84,17 +84,14 @@ class FeatureMatchConfig:
     cf_alpha: float = 0.5
     frequencies: int = 1024
     calibration: float = 0.0
-    pass_images: int = 4096
+    pass_pixels: int = 4096 * 32**2
 
 
 class FeatureMatcher:
     """Matches the union's features with those of real images, all classes in one pass if they are few.
 
-    Args:
-        real: `RealData`.
-        synthetic: `SyntheticSet` of pixels in [0, 1].
-        config: `FeatureMatchConfig`.
-        seed, stage: of the random streams; stage from 0.
+    Args: `RealData`, `SyntheticSet` of pixels in [0, 1], `FeatureMatchConfig`; of the random streams the seed and the
+        stage from 0.
     """
 
     def __init__(self, real, synthetic, config, seed=0, stage=0):
@@ -114,14 +111,13 @@ class FeatureMatcher:
         """
         config, classes = self.config, self.real.info.num_classes
         rng = stream(self.seed, "features", self.stage, iteration)
-        augmentation, width = config.augment.draw(1, rng), last_linear(network).in_features
-        drawn = config.frequencies if config.metric == "cf" else 0
-        frequencies = rng.standard_normal((drawn, width), dtype=np.float32)
+        augmentation, shape = config.augment.draw(1, rng), (config.frequencies, last_linear(network).in_features)
+        frequencies = rng.standard_normal(shape, dtype=np.float32) if config.metric == "cf" else None
         learned = self.synthetic.learned.detach().requires_grad_()
         loss, gradient = learned.new_zeros(()), torch.zeros_like(learned)
         own = list(distributed.share(range(classes)))
-        decoded = len(self.synthetic) // classes * config.factor**2  # of a class, about
-        together = max(1, config.pass_images // (self.batch_real + decoded))
+        pixels = (self.batch_real + len(self.synthetic) // classes * config.factor**2) * learned.shape[-1] ** 2
+        together = max(1, config.pass_pixels // pixels)  # classes
         for labels in (own[first : first + together] for first in range(0, len(own), together)):
             part = self._loss(network, finished, learned, labels, iteration, augmentation, frequencies)
             gradient += torch.autograd.grad(part, learned)[0]

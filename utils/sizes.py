@@ -120,11 +120,11 @@ def idc_distillation(config, info, train_images):
 
 def dm_distillation(config, info, train_images):
     """Return the `Size` of distill_dm.py. What it writes are the unions of all stages and its state."""
-    stages, together = config["num_intervals"], feature_matching.FeatureMatchConfig.pass_images
+    stages, together = config["num_intervals"], feature_matching.FeatureMatchConfig.pass_pixels
 
     def memory():
         decoded = config["ipc"] * stages * config["factor"] ** 2
-        images = min(info.num_classes * decoded, together)
+        images = min(info.num_classes * decoded, max(decoded, together // info.im_size**2))
         network = _network(config, info, config["model"]).requires_grad_(False)
         x = _images(info, images).requires_grad_()
         graph = matching.saved_bytes(lambda: feature_matching.features_of(network, x).sum())

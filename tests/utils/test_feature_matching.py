@@ -139,7 +139,7 @@ def test_loss_and_gradient_of_the_newest_subset_are_those_of_the_formula(config)
 def test_one_pass_over_all_classes_equals_a_loop(config):
     finished = network(1) if config.calibration else None
     _, loss, gradient = matched(config, finished=finished)
-    _, looped, looped_gradient = matched(dataclasses.replace(config, pass_images=1), finished=finished)
+    _, looped, looped_gradient = matched(dataclasses.replace(config, pass_pixels=1), finished=finished)
     assert loss == pytest.approx(looped, rel=1e-12)
     assert torch.allclose(gradient, looped_gradient, rtol=1e-9, atol=1e-15)
 
