@@ -1,6 +1,9 @@
-"""Evaluate PDD+IDC: train networks on the decoded union of stage 1, then of stage 2, …, and test them after each.
+"""Evaluate PDD+IDC or PDD+DM: train networks on the decoded union of stage 1, then of stage 2, …, and test them.
 
     python evaluate_idc.py --reproduce -d cifar10 -f 2 --ipc 2 --data_dir data --tag progressive --niter 2000
+
+    # PDD+DM
+    python evaluate_idc.py --method dm --model ConvNet -d cifar10 -f 2 --ipc 2 --data_dir data
 
 Takes the options of the distillation, whose folder it finds by them, or --override-load-dir FOLDER; published
 `interval_*_data.pt` files are read as they are. Prints a table and writes report.json and accuracy.png beside them.
@@ -14,8 +17,7 @@ from pathlib import Path
 import networks
 from utils import multi_formation, options, sizes, stages, training
 from utils.evaluation import EvalModel, Evaluation, evaluate_and_report
-from utils.options import FLAG, Parser
-from utils.options import idc as idc_options
+from utils.options import FLAG, Parser, dm, idc
 from utils.results import names
 from utils.results.other_methods import LOADERS
 from utils.results.provenance import check_result
@@ -31,7 +33,9 @@ OOM_ADVICE = "--batch_size, other --eval_models or a smaller --width"
 POOL = ["self", "resnet10", "resnet18", "densenet"]
 POOLS = {"imagenet": ["self", "resnet18", "efficientnet"], "tiny-imagenet": ["self", "resnet18"], "digits": ["self"]}
 
+METHODS = {"idc": idc, "dm": dm}
 EVALUATION = [
+    ("--method", tuple(METHODS), "idc", "base method of the distillation"),
     ("--new_only", FLAG, False, "train on the newest subset of each stage only"),
     ("--last_only", FLAG, False, "train on the last union only"),
     ("--same_compute", options.truth, False, "divide the epochs by factor^2, so that packed images take no more steps"),
@@ -42,10 +46,14 @@ EVALUATION = [
 
 def parse():
     parser = Parser(__doc__)
-    idc_options.add_options(parser, "accepted, for the distillation's own command line; all stages are evaluated")
+    chosen = parser.peek("--method", "idc", METHODS)
+    method = METHODS[chosen]
+    method.add_options(parser, "accepted, for the distillation's own command line; all stages are evaluated")
     parser.add_options("evaluation", options.EVALUATION + EVALUATION)
     parser.add_options("machine", options.MACHINE)
-    args = idc_options.resolve(parser)
+    args = method.resolve(parser)
+    if args.method != chosen:
+        parser.error(f"--method {args.method}: expected this option written out")
     if args.slct_type in LOADERS and not args.override_load_dir:
         parser.error(f"-s {args.slct_type}: expected its file with --override-load-dir FILE, found none")
     if args.new_only and args.last_only:
@@ -61,14 +69,15 @@ def parse():
 def main():
     args = parse()
     device = setup_device(args.device)
-    real = idc_options.load_data(args, device)
+    method = METHODS[args.method]
+    real = method.load_data(args, device)
     read = read_other if args.slct_type in LOADERS else read_idc
     inputs, unions, datasets, select_on = read(args, real, device)
     folder = result_folder(args)
     models = [eval_model(name, args, real, unions) for name in args.eval_models]
     if args.dry_run:
         size = sizes.idc_evaluation(vars(args), real.info, len(real.train))
-        inputs = {"data": idc_options.data_folder(args)} | inputs
+        inputs = {"data": idc.data_folder(args)} | inputs
         print0(options.dry_run(args, inputs, folder / "report.json", size))
         return
     totals = [len(union) // real.info.num_classes for union in unions]
@@ -85,7 +94,7 @@ def main():
         full_networks=0 if args.skip_full else args.full_networks,
         checks=args.checks,
     )
-    dataset, own = names.dataset_title(args.data, idc_options.dataset_subdir(args)), names.idc_model(vars(args))
+    dataset, own = names.dataset_title(args.data, idc.dataset_subdir(args)), method.network_title(args)
     with files.locked(folder):
         evaluate_and_report(evaluation, models, own, dataset=dataset, select_on=select_on, keeps="last")
 
@@ -95,7 +104,7 @@ def result_folder(args):
     if args.slct_type in LOADERS:  # a file of another method
         path = Path(args.override_load_dir)
         return path.with_name(f"{path.stem}_evaluation")
-    return Path(args.override_load_dir) if args.override_load_dir else idc_options.result_folder(args)
+    return Path(args.override_load_dir) if args.override_load_dir else METHODS[args.method].result_folder(args)
 
 
 def read_idc(args, real, device):
@@ -132,8 +141,9 @@ def decoded(union, args, real):
 def eval_model(name, args, real, unions):
     """Return the `EvalModel` of one architecture."""
     if name == "self":
-        idc_options.check_network(args, real)
-        title, spec = names.idc_model(vars(args)), idc_options.network_spec(args)
+        method = METHODS[args.method]
+        method.check_spec(args, real)
+        title, spec = method.network_title(args), method.network_spec(args)
     else:
         options.check_network(name, real)
         title = spec = name
@@ -141,20 +151,17 @@ def eval_model(name, args, real, unions):
 
     def config(index):
         slow = index >= SLOW_FROM and len(unions) > SLOW_FROM + 1
-        return idc_options.train_config(args, epochs, lr_factor=0.5 if slow else 1.0)
+        return idc.train_config(args, epochs, lr_factor=0.5 if slow else 1.0)
 
     def save(k, network):
         files.save(result_folder(args) / f"evaluated_{title}_{k}.pt", training.state_on_cpu(network))
 
-    configs, full_config = (
-        [config(index) for index in range(len(unions))],
-        idc_options.train_config(args, args.full_epochs),
-    )
+    configs = [config(index) for index in range(len(unions))]
     return EvalModel(
         name=title,
         network=lambda k: training.new_network(spec, real, args.seed, "evaluated", title, k),
         count=args.repeat,
-        configs={"distilled": configs, "random": configs, "full": [full_config]},
+        configs={"distilled": configs, "random": configs, "full": [idc.train_config(args, args.full_epochs)]},
         save=save if args.save_ckpt else None,
     )
 

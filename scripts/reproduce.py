@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate_mtt
 from utils import options, sizes
-from utils.data.info import KNOWN
+from utils.data.info import IDC_NAMES, KNOWN
 from utils.run import errors, files
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -46,6 +46,8 @@ TINY = {
     "dataset": "Tiny", "data_path": "data/tiny-imagenet-200", "model": "ConvNetD4", "lr_img": 10000, "lr_teacher": 0.01,
     "train_epochs": 24, "syn_steps": 20, "expert_epochs": 2, "max_start_epoch": 20, "lr_lr": 1e-04, "batch_syn": 64,
 }  # fmt: skip
+DM = {"model": "ConvNet", "factor": 2, "lr_teacher": 0.02, "mom": 0.9, "num_experts": 5, "train_epochs": 20}
+TINY_FOLDERS = dict.fromkeys(("data_path", "data_dir"), "data/tiny-imagenet-200")
 PRESETS = {
     "cifar10-mtt-ipc10": CIFAR10 | {"syn_steps": 50, "expert_epochs": 2, "max_start_epoch": 5, "lr_lr": 1e-07},
     "cifar10-mtt-ipc50": CIFAR10 | {"syn_steps": 30, "expert_epochs": 2, "max_start_epoch": 15, "lr_lr": 1e-05},
@@ -65,12 +67,19 @@ PRESETS = {
     "cifar10-idc-ipc50": {"reproduce": True, "dataset": "cifar10", "factor": 2, "niter": 2000},
     "cifar100-idc-ipc10": {"reproduce": True, "dataset": "cifar100", "factor": 2, "niter": 2000},
     "cifar100-idc-ipc50": {"reproduce": True, "dataset": "cifar100", "factor": 2, "niter": 1000},
+    # Not in the paper: settings of this project.
+    "cifar10-dm-ipc10": DM | {"dataset": "cifar10"},
+    "cifar10-dm-ipc50": DM | {"dataset": "cifar10"},
+    "cifar100-dm-ipc10": DM | {"dataset": "cifar100"},
+    "cifar100-dm-ipc50": DM | {"dataset": "cifar100"},
+    "tiny-dm-ipc10": DM | TINY_FOLDERS | {"dataset": "tiny-imagenet", "model": "ConvNetD4"},
+    "tiny-dm-ipc50": DM | TINY_FOLDERS | {"dataset": "tiny-imagenet", "model": "ConvNetD4"},
 }  # fmt: skip
 
-# --scale small changes these. MTT's one-shot row makes as many iterations as the stages of its PDD row together, on
-# minibatches of the same size, so that every image takes part in as many steps. IDC's makes as many as one stage, as
-# published, which also moves every image as often; its learning rate grows with the images of a stage, so that one
-# image moves as far in both only if the one-shot row's is set so much lower.
+# --scale small changes these. The one-shot rows of MTT and DM make as many iterations as the stages of the PDD row
+# together; MTT's on minibatches of the same size, so that every image takes part in as many steps. IDC's makes as many
+# as one stage, as published, which also moves every image as often; its learning rate grows with the images of a stage,
+# so that one image moves as far in both only if the one-shot row's is set so much lower.
 SMALL = {
     "mtt": {
         "model": "ConvNetW32", "zca": False, "lr_teacher": 0.02, "lr_lr": 1e-05, "batch_syn": 20, "syn_steps": 20,
@@ -79,19 +88,30 @@ SMALL = {
     },
     "idc": {"width": 0.25, "niter": 2, "inner_loop": 20, "n_data": 500, "lr_img": 0.25, "epochs": 100, "print-freq": 1,
         "eval_models": "self"},
+    "dm": {"model": "ConvNetW32", "num_experts": 2, "train_epochs": 8, "Iteration": 400, "metric": "cf", "epochs": 200,
+        "eval_models": "self", "buffer_path": "buffers/small"},
 }  # fmt: skip
-SMALL_ONESHOT = {"mtt": {"Iteration": 200 * STAGES, "eval_it": 100 * STAGES}, "idc": {"lr_img": 0.25 / STAGES}}
+SMALL_ONESHOT = {
+    "mtt": {"Iteration": 200 * STAGES, "eval_it": 100 * STAGES},
+    "idc": {"lr_img": 0.25 / STAGES},
+    "dm": {"Iteration": 400 * STAGES},
+}
 
+SCRIPTS = {
+    "mtt": ("buffer_mtt.py", "distill_mtt.py", "evaluate_mtt.py"),
+    "idc": ("distill_idc.py", "evaluate_idc.py"),
+    "dm": ("buffer_mtt.py", "distill_dm.py", "evaluate_idc.py"),
+}
 # What one script alone gets, besides.
 OWN = {
     "full": {
-        "buffer_mtt.py": {}, "distill_mtt.py": {}, "evaluate_mtt.py": {"num_experts": 5, "epoch_eval_train": 500},
-        "distill_idc.py": {}, "evaluate_idc.py": {"repeat": 3},
+        "evaluate_mtt.py": {"num_experts": 5, "epoch_eval_train": 500},
+        "evaluate_idc.py": {"repeat": 3},
     },
     "small": {
         "buffer_mtt.py": {"num_experts": 6}, "distill_mtt.py": {"num_eval": 2},
         "evaluate_mtt.py": {"num_experts": 6, "num_eval": 3, "epoch_eval_train": 100, "full_epochs": 4},
-        "distill_idc.py": {}, "evaluate_idc.py": {"repeat": 3, "checks": 5, "full_epochs": 4},
+        "evaluate_idc.py": {"repeat": 3, "checks": 5, "full_epochs": 4},
     },
 }  # fmt: skip
 
@@ -184,17 +204,21 @@ def presets(row, scale, preset=None):
     oneshot, cross, small = row.endswith(ONESHOT), row.endswith(CROSS), scale == "small"
     name = row.removesuffix(ONESHOT).removesuffix(CROSS)
     method, stages = name.split("-")[1], 1 if oneshot else STAGES
-    kind = "oneshot" if oneshot else "progressive" if method == "idc" else ""
+    kind = "oneshot" if oneshot else "progressive" if method != "mtt" else ""
     tag = "_".join(filter(None, ("small" if small else "", kind, preset)))
     shared = {"ipc": int(name.rpartition("ipc")[2]) // stages} | ({"tag": tag} if tag else {}) | PRESETS[name]
-    shared["num-intervals" if method == "idc" else "num_intervals"] = stages
+    shared["num_intervals" if method == "mtt" else "num-intervals"] = stages
     if small:
         shared |= SMALL[method] | (SMALL_ONESHOT[method] if oneshot else {})
     if preset:
         shared |= successor(preset, shared, stages)
     if cross:
         shared["eval_models"] = ARCHITECTURES
-    return {script: shared | own for script, own in OWN[scale].items() if method in script}
+    shared |= {"method": "dm"} if method == "dm" else {}
+    found = {script: shared | OWN[scale].get(script, {}) for script in SCRIPTS[method]}
+    if method == "dm":
+        found["buffer_mtt.py"] = shared | {"dataset": IDC_NAMES[shared["dataset"]]}
+    return found
 
 
 def steps_of(row, args, extra):
@@ -213,7 +237,9 @@ def steps_of(row, args, extra):
     folders = {name: folder for name, folder in folders.items() if folder}
     steps, known = [], set()
     for script, preset in presets(row, args.scale, args.preset).items():
-        declared = vars(options_of(script, ["--ipc", "1"] if "idc" in script else []))
+        first = ["--ipc", "1"] if script not in SCRIPTS["mtt"] else []
+        method = ["--method", "dm"] if script == "evaluate_idc.py" and "-dm-" in row else []
+        declared = vars(options_of(script, [*first, *method]))
         words = []
         for name, value in (preset | folders | extra).items():
             if name.replace("-", "_") in declared and value is not False:
@@ -269,6 +295,7 @@ def sizes_of(steps):
         "buffer_mtt.py": lambda args: sizes.experts(vars(args), *data),
         "distill_mtt.py": lambda args: sizes.mtt_distillation(vars(args), *data, first.num_experts),
         "evaluate_mtt.py": lambda args: sizes.mtt_evaluation(vars(args), *data, pool_of(args)),
+        "distill_dm.py": lambda args: sizes.dm_distillation(vars(args), *data),
         "distill_idc.py": lambda args: sizes.idc_distillation(vars(args), *data),
         "evaluate_idc.py": lambda args: sizes.idc_evaluation(vars(args), *data),
     }

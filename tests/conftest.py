@@ -163,7 +163,7 @@ def reference(tmp_path_factory):
     root = tmp_path_factory.mktemp("reference")
     made = small.Reference(root)
     made.distilled.mkdir()
-    for script in (small.BUFFER, small.DISTILL, small.DISTILL_IDC, small.EVALUATE, small.EVALUATE_IDC):
+    for script in (*small.DISTILLATIONS, small.EVALUATE, small.EVALUATE_IDC):
         place = made.evaluated if script.startswith("evaluate") else made.distilled
         if place is made.evaluated and not place.exists():
             shutil.copytree(made.distilled, place)

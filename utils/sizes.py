@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import networks
 from networks.reparam import ReparamModule
 
-from . import gradient_matching, multi_formation
+from . import feature_matching, gradient_matching, multi_formation
 from . import trajectory_matching as matching
 from .results.names import stage_ipcs
 
@@ -118,6 +118,26 @@ def idc_distillation(config, info, train_images):
     )
 
 
+def dm_distillation(config, info, train_images):
+    """Return the `Size` of distill_dm.py. What it writes are the unions of all stages and its state."""
+    stages, together = config["num_intervals"], feature_matching.FeatureMatchConfig.pass_pixels
+
+    def memory():
+        decoded = config["ipc"] * stages * config["factor"] ** 2
+        images = min(info.num_classes * decoded, max(decoded, together // info.im_size**2))
+        network = _network(config, info, config["model"]).requires_grad_(False)
+        x = _images(info, images).requires_grad_()
+        graph = matching.saved_bytes(lambda: feature_matching.features_of(network, x).sum())
+        work = max(2 * graph, _training_bytes(network.requires_grad_(True), info, config["batch_size"]))
+        return (_data_bytes(config, info, train_images) + work,) * 2
+
+    return Size(
+        f"{stages} stages of {config['Iteration']} iterations over {info.num_classes} classes",
+        info.num_classes * config["ipc"] * _images(info, 1).nbytes * (stages * (stages + 1) // 2 + 4),
+        memory,
+    )
+
+
 def idc_iterations(config):
     """Return the outer iterations of a stage."""
     return max(1, int(config["niter"] * 100 / config["inner_loop"] + 1e-9))
@@ -136,6 +156,8 @@ def idc_evaluation(config, info, train_images):
 def _network(config, info, name="self"):
     """Return a network without values (device meta): the named one, or the IDC distillation's own."""
     with torch.device("meta"):
+        if name == "self" and "model" in config:  # PDD+DM
+            name = config["model"]
         if name == "self":
             spec = {"net_type": config["net_type"], "depth": config["depth"], "width": config["width"]}
             return networks.idc_network(**info.network_shape, **spec, norm=config["norm_type"])

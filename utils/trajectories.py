@@ -214,6 +214,23 @@ def _check_trajectory(path, trajectory, shapes, epochs, model):
         )
 
 
+def window(kind, stage, stages, epochs):
+    """Return (begin, end) in epochs of the part of a trajectory that `stage` (from 1) of PDD+DM sees.
+
+    Args:
+        kind: `all` for the whole trajectory, `stage` for the stage's part of `stages` equal ones.
+        epochs: of the trajectory.
+    """
+    return (0.0, float(epochs)) if kind == "all" else ((stage - 1) * epochs / stages, stage * epochs / stages)
+
+
+def mixture(experts, expert, position):
+    """Return the flat parameters (numel,) of `expert` at `position`: (1 − a) θ_e + a θ_{e+1} at e + a epochs."""
+    epoch = min(int(position), experts.entries - 2)
+    before, after = experts.parameters(expert, epoch), experts.parameters(expert, epoch + 1)
+    return before.lerp(after, position - epoch)
+
+
 def record_trajectory(network, images, config, seed, keys, masks=None, folder=None, after_epoch=None):
     """Train `network` on real images and return its parameters before and after every epoch.
 

@@ -25,7 +25,7 @@ from tests.support.killer import Kill, differing, run
 from utils.data import datasets
 from utils.run import files
 
-B, D, E, DI, EI = small.SCRIPTS
+B, D, E, DI, EI, DM = small.SCRIPTS
 REFUSED, DONE = 2, 0
 RAN = Path(tempfile.gettempdir()) / f"pdd-code-ran-{os.getpid()}"  # what malicious files would make
 
@@ -292,6 +292,10 @@ TABLE = [
     (EI, "inputs", f"{small.IDC_FOLDER}/interval_1_data.pt", [], UNION),
     (EI, "inputs", f"{small.IDC_FOLDER}/interval_1.json", [], SUMMARY),
     (EI, "inputs", f"{small.IDC_FOLDER}/.lock", [], [("a folder", folder, "cannot be used")]),
+    (DM, "inputs", f"{small.EXPERT_FOLDER}/replay_buffer_0.pt", [], BUFFER),
+    (DM, "finished", f"{small.DM_FOLDER}/config.json", [], OPTIONS),
+    (DM, "finished", f"{small.DM_FOLDER}/interval_0_data.pt", [], UNION),
+    (DM, "interrupted", f"{small.DM_FOLDER}/interval_1_checkpoint.pt", [], CHECKPOINT),
 ]  # fmt: skip
 CASES = [
     pytest.param(script, state, path, more, *row, id=f"{script[:-3]}-{Path(path).name}-{row[0]}".replace(" ", "_"))
@@ -308,6 +312,7 @@ KILLS = {
     E: Kill("write full-.*"),
     DI: Kill("iteration", 5),
     EI: Kill("write full-.*"),
+    DM: Kill("iteration", 5),
 }
 
 
@@ -568,11 +573,10 @@ def test_a_lock_of_a_dead_process_holds_nobody_up(script, reference, tmp_path, t
     place = tmp_path / "place"
     place.mkdir()
     reference.prepare(script, place)
-    for folder_ in {B: [small.EXPERT_FOLDER], DI: [small.IDC_FOLDER], EI: [small.IDC_FOLDER]}.get(
-        script, [small.EXPERIMENT]
-    ):
-        (place / folder_).mkdir(parents=True, exist_ok=True)
-        (place / folder_ / ".lock").write_text("12345 of a process that died")
+    folders = {B: small.EXPERT_FOLDER, DI: small.IDC_FOLDER, EI: small.IDC_FOLDER, DM: small.DM_FOLDER}
+    where = place / folders.get(script, small.EXPERIMENT)
+    where.mkdir(parents=True, exist_ok=True)
+    (where / ".lock").write_text("12345 of a process that died")
     words = small.arguments(script, place)
     try_it(script, words, DONE, "used", place, table, (".lock", "of a dead process"), capsys, monkeypatch)
 

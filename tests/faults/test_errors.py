@@ -9,7 +9,7 @@ from tests.conftest import call
 from tests.support import small
 from utils.data import datasets
 
-WORDS = {small.DISTILL_IDC: ["--ipc", 1, "-d", "digits"], small.EVALUATE_IDC: ["--ipc", 1, "-d", "digits"]}
+WORDS = {script: ["--ipc", 1, "-d", "digits"] for script in (small.DISTILL_IDC, small.EVALUATE_IDC, small.DISTILL_DM)}
 
 
 def cpu_without_memory():

@@ -14,7 +14,7 @@ from tests.support.killer import Fault, differing, run
 from utils.data import datasets
 
 TOO_LARGE, KILLED = 2, -25  # exit statuses: the message, the signal SIGXFSZ
-B, D, E, DI, EI = small.SCRIPTS
+B, D, E, DI, EI, DM = small.SCRIPTS
 # For each script the files it writes, in the order in which a run comes to them: regular expression of the name, which
 # of its writings fails, and whether the state is saved in every iteration.
 FILES = {
@@ -36,6 +36,11 @@ FILES = {
          ("starts-.*.pt", 1, True), ("interval_1_data.pt", 1, True), ("interval_1_metrics.jsonl", 1, False)],
     EI: [("evaluated_conv2in_w0.25_0.pt", 1, False), ("distilled-.*.pt", 1, False), ("random-.*.pt", 1, False),
          ("full-.*.pt", 1, False), ("report.json", 1, False), ("accuracy.png", 1, False)],
+    DM: [("config.json", 1, False), ("data.json", 1, False), ("args.txt", 1, False), ("interval_0_init.png", 1, False),
+         ("interval_0_checkpoint.pt", 1, True), ("interval_0_data.pt", 1, True), ("interval_0_img3.png", 1, True),
+         ("evaluation-.*.pt", 1, True), ("interval_0_metrics.jsonl", 1, False), ("interval_0_checkpoint.pt", 1, True),
+         ("log.txt", 1, True), ("interval_0.json", 1, True), ("interval_1_data.pt", 1, True),
+         ("interval_1_metrics.jsonl", 1, False)],
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from tests.support import small
 from tests.support.killer import WORK, Kill, check_cost, differing, kill_often, run
 
 KILLS = int(os.environ.get("PDD_KILLS", "10"))
-B, D, E, DI, EI = small.SCRIPTS
+B, D, E, DI, EI, DM = small.SCRIPTS
 AGAIN = "run the same command again to continue"
 
 
@@ -32,6 +32,7 @@ def test_killed_runs_continue(script, number, reference, tmp_path):
 
 
 SUCCESSORS = ["--ema", 0.9, "--syn_lr_form", "exp", "--clip_grad", 0.1, "--grow_start_epoch", 2, "--soft_labels"]
+UNION = ["--transition", "union", "--inner_loop", 2, "--n_data", 64]
 # Script, more options, the event at which it is killed, which of them, epochs and iterations that this costs.
 COSTS = [
     pytest.param(B, ["--train_epochs", 4], r"write epoch_0002\.pt", 2, 1, id="an-epoch-of-an-expert"),
@@ -43,6 +44,8 @@ COSTS = [
     pytest.param(DI, [], r"write interval_1_checkpoint\.pt", 3, 2, id="an-idc-sweep-and-its-real-epoch"),
     pytest.param(DI, ["--repeat", 3], "write evaluation-.*", 2, 5, id="a-network-of-an-idc-evaluation-in-a-stage"),
     pytest.param(DI, ["--transition_pool", 2], "write starts-.*", 2, 1, id="a-network-of-an-idc-transition"),
+    pytest.param(DM, [], r"write interval_1_checkpoint\.pt", 3, 1, id="a-dm-iteration"),
+    pytest.param(DM, UNION, r"write interval_1_checkpoint\.pt", 3, 2, id="a-dm-iteration-and-its-real-epoch"),
     pytest.param(E, ["--num_experts", 3], "write distilled-.*", 3, 16, id="a-network-of-an-evaluation"),
     pytest.param(E, ["--full_networks", 2], "write full-.*", 2, 2, id="a-network-on-the-full-training-set"),
     pytest.param(EI, ["--repeat", 3], "write random-.*", 2, 16, id="a-network-of-an-idc-evaluation"),
@@ -76,6 +79,7 @@ STOPPED = {
     E: (None, 3),
     DI: (f"{small.IDC_FOLDER}/interval_0_checkpoint.pt", 0),
     EI: (None, 3),
+    DM: (f"{small.DM_FOLDER}/interval_0_checkpoint.pt", 3),
 }
 
 
@@ -120,7 +124,7 @@ def test_a_finished_command_changes_nothing(script, reference, tmp_path):
         assert ended.status == 0
         assert differing(tmp_path / small.WRITES[script], reference.expected(script)) == []
         whole = reference.runs[script].work()
-        if turn and script not in (B, D, DI):
+        if turn and script not in small.DISTILLATIONS:
             assert 0 < ended.work() < whole
         else:
             assert ended.work() == (0 if turn else whole)

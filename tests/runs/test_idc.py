@@ -10,8 +10,9 @@ import distill_idc
 import evaluate_idc
 from tests.conftest import call, files_of, make_tree, run_script
 from tests.support.published import IDC_COMMANDS, write_idc
-from utils import forgetting, training
+from utils import forgetting, idc_runs, training
 from utils.data import datasets
+from utils.options import idc as idc_options
 from utils.synthetic import SyntheticSet
 
 D, E = "distill_idc.py", "evaluate_idc.py"
@@ -138,7 +139,7 @@ def test_pretrained_networks(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
         distill_idc, "load_pretrained", lambda path, network: (loaded.append(path), load(path, network))[1]
     )
-    monkeypatch.setattr(distill_idc.training, "train_together", lambda *_, **__: starts.append(1))
+    monkeypatch.setattr(training, "train_together", lambda *_, **__: starts.append(1))
     assert run(D, *words, "--niter", "0.4", "--inner_loop", 1, "--epochs", 1, "--test")[0] == 0
     assert len(set(loaded)) == 4 and not starts  # nothing is taught by earlier unions
 
@@ -277,7 +278,7 @@ def test_a_subset_starts_from_every_second_pixel_of_real_images(run, tmp_path): 
 
 
 def test_a_test_evaluates_nothing_and_writes_to_a_folder_of_its_own(run, tmp_path, monkeypatch):  # SPEC 8.16
-    monkeypatch.setattr(distill_idc, "staged_accuracies", None)  # nobody may call it
+    monkeypatch.setattr(idc_runs, "staged_accuracies", None)  # nobody may call it
     assert run(D, *SHORT, "--num-intervals", 1, "--test", "--results", tmp_path)[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["test"]
     assert (tmp_path / "test" / "interval_0_data.pt").exists()
@@ -315,7 +316,7 @@ def test_evaluations_decode_bound_images_as_single_ones(decode, expected, monkey
     assert torch.bincount(evaluate_idc.decoded(union, args, real).labels).tolist() == [expected] * 10
     if decode == "bound":
         args = parsed(distill_idc, monkeypatch, *words)
-        assert torch.bincount(distill_idc.Run(args, real).decoded(union).labels).tolist() == [125] * 10
+        assert torch.bincount(idc_runs.Run(args, real, idc_options).decoded(union).labels).tolist() == [125] * 10
 
 
 def test_an_evaluation_reports_the_last_and_the_best_of_its_checks(distilled, run, monkeypatch):  # SPEC 8.11
@@ -394,7 +395,7 @@ def test_a_run_of_an_earlier_version_is_not_continued(distilled, run, tmp_path):
 
 def test_later_stages_do_without_easy_images(distilled, run, tmp_path, monkeypatch):
     """--drop_easy; a share of 0 changes nothing."""
-    monkeypatch.setattr(distill_idc, "FORGETTING_EPOCHS", 2)
+    monkeypatch.setattr(idc_runs, "FORGETTING_EPOCHS", 2)
     monkeypatch.setattr(forgetting, "NETWORKS", 2)
     matched, scored, score = [], [], forgetting.training_scores
 

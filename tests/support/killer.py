@@ -33,7 +33,7 @@ from tests.conftest import PROJECT, files_of
 UNLIKE = ("config.json", "buffer.json", "args.txt")
 MODULES = ["torch", "torchvision.utils", "PIL.Image", "PIL.PngImagePlugin", "sklearn.datasets",
            "sklearn.model_selection", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "tests.support.killer",
-           "utils.evaluation", "utils.gradient_matching", "utils.trajectory_matching", "utils.students",
+           "utils.evaluation", "utils.feature_matching", "utils.trajectory_matching", "utils.idc_runs",
            "utils.results.known", "utils.sizes"]  # fmt: skip
 LOG_BYTES = 1 << 20  # of events
 READ = (".pt", ".json", ".jsonl")  # files of runs, not those of modules
@@ -117,12 +117,13 @@ def _watch(log, trigger):
 
         return call
 
-    from utils import gradient_matching, training, trajectory_matching
+    from utils import feature_matching, gradient_matching, training, trajectory_matching
 
     training.train_epoch = counted(training.train_epoch, "epoch")
     for owner, name in (
         (trajectory_matching.TrajectoryMatcher, "backward"),
         (gradient_matching.GradientMatcher, "sweep"),
+        (feature_matching.FeatureMatcher, "backward"),
     ):
         setattr(owner, name, counted(getattr(owner, name), "iteration"))
     happens("begin")

@@ -1,4 +1,4 @@
-"""The smallest runs of the five scripts that still have two stages and a transition, all below one folder."""
+"""The smallest runs of the scripts that still have two stages and a transition, all below one folder."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,9 @@ from tests.conftest import EXPERTS
 
 BUFFER, DISTILL, EVALUATE = "buffer_mtt.py", "distill_mtt.py", "evaluate_mtt.py"
 DISTILL_IDC, EVALUATE_IDC = "distill_idc.py", "evaluate_idc.py"
-SCRIPTS = [BUFFER, DISTILL, EVALUATE, DISTILL_IDC, EVALUATE_IDC]
+DISTILL_DM = "distill_dm.py"
+SCRIPTS = [BUFFER, DISTILL, EVALUATE, DISTILL_IDC, EVALUATE_IDC, DISTILL_DM]
+DISTILLATIONS = [BUFFER, DISTILL, DISTILL_IDC, DISTILL_DM]
 
 _stages = "--ipc 1 --num_intervals 2 --max_start_epoch 1 --expert_epochs 1 --syn_steps 2 --lr_img 100 --lr_lr 1e-05"
 _idc = (
@@ -20,14 +22,16 @@ _words = {  # PDD+MTT trains on unions for one epoch more than its options say
     EVALUATE: f"{_stages} --num_experts 1 --num_eval 1 --epoch_eval_train 7 --full_epochs 2 --save_model",
     DISTILL_IDC: f"{_idc} --epochs 5",
     EVALUATE_IDC: f"{_idc} --epochs 8 --full_epochs 2",
+    DISTILL_DM: "-d digits --model ConvNetW32 --ipc 1 --num-intervals 2 --Iteration 3 --epochs 5 --batch_real 8",
 }
 EXPERIMENT = "l/Digits/Digits_ConvNetW32_S_ipc1_max1_syn2_real1_img100.0_1e-05_0.03_increase"
 STAGE = f"{EXPERIMENT}/interval1_epoch1-1"
 EXPERT_FOLDER = "b/Digits/ConvNetW32"
 IDC_FOLDER = "r/digits/conv2in_w0.25_grad_mse_nd64_inloop2_cut_niter0.04_factor1_lr0.05_b_real8_random_ipc1"
+DM_FOLDER = "m/digits/ConvNetW32_dm_mean_it3_factor1_lr0.01_b_real8_random_ipc1"
 # Folders that a script reads and the one it writes, below the common one.
-READS = {BUFFER: "", DISTILL: "b", EVALUATE: "bl", DISTILL_IDC: "", EVALUATE_IDC: "r"}
-WRITES = {BUFFER: "b", DISTILL: "l", EVALUATE: "l", DISTILL_IDC: "r", EVALUATE_IDC: "r"}
+READS = {BUFFER: "", DISTILL: "b", EVALUATE: "bl", DISTILL_IDC: "", EVALUATE_IDC: "r", DISTILL_DM: "b"}
+WRITES = {BUFFER: "b", DISTILL: "l", EVALUATE: "l", DISTILL_IDC: "r", EVALUATE_IDC: "r", DISTILL_DM: "m"}
 
 
 def arguments(script, root):
@@ -36,8 +40,9 @@ def arguments(script, root):
         BUFFER: ["--buffer_path", f"{root}/b"],
         DISTILL: ["--buffer_path", f"{root}/b", "--root_log_dir", f"{root}/l"],
         EVALUATE: ["--buffer_path", f"{root}/b", "--save_path", f"{root}/l"],
+        DISTILL_DM: ["--buffer_path", f"{root}/b", "--results", f"{root}/m"],
     }
-    common = EXPERTS if script in paths else []
+    common = EXPERTS if script in (BUFFER, DISTILL, EVALUATE) else []
     return [*common, *_words[script].split(), *paths.get(script, ["--results", f"{root}/r"])]
 
 

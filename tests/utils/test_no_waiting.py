@@ -19,9 +19,9 @@ from utils.augment import DSA
 from utils.data import datasets
 from utils.data.datasets import ImageDataset
 from utils.gradient_matching import GradientMatchConfig, GradientMatcher
+from utils.idc_student import Student, StudentConfig
 from utils.options import DSA_STRATEGY
 from utils.stages import evaluation_config
-from utils.students import Student, StudentConfig
 from utils.synthetic import SyntheticSet
 from utils.trajectory_matching import Step, TrajectoryMatchConfig, TrajectoryMatcher, match
 

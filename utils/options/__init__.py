@@ -79,6 +79,14 @@ class Parser(argparse.ArgumentParser):
                 )
             group.add_argument(*names.split(), help=text, **settings, **(more[0] if more else {}))
 
+    def peek(self, option, default, choices):
+        """Return the value of an option that decides which others there are."""
+        words = [word for given in sys.argv[1:] for word in given.split("=", 1)]
+        value = words[words.index(option) + 1] if option in words[:-1] else default
+        if value not in choices:
+            self.error(f"{option}: expected {' or '.join(choices)}, found {value!r}")
+        return value
+
     def given(self):
         """Return the options that stand on the command line, as a dict."""
         absent = object()

@@ -50,6 +50,21 @@ SIZED = ("imagenet", "folder")  # brought to --size pixels
 BASE_SIZE = {"mnist": 28, "imagenet": 224, "digits": 8}  # of the scaling of lr_img; 32 for the others
 LARGE_IMAGES = 64  # own images above this many pixels are treated like ImageNet's, others like CIFAR's
 
+# Rows of tables that PDD+DM has, too.
+AUG_TYPE = ("-a --aug_type", strategy, "color_crop_cutout", "DSA of a pair of batches")
+BATCH_REAL = ("--batch_real", COUNT, 64, "real images of a class in one match")
+STUDENT = [
+    ("--early", NATURAL, 0, "real epochs of a network before its first sweep"),
+    ("--fix_iter", FROM_MINUS_ONE, -1, "outer iterations with one network (-1: one)"),
+    ("--net_epoch", NATURAL, 1, "epochs on real images after each sweep"),
+    ("--n_data", COUNT, 500, "real images of these epochs"),
+]
+SPEED = [
+    ("--transition_batch", COUNT, 1, "outer iterations whose networks are trained on the earlier unions together"),
+    ("--transition_pool", NATURAL, 0, "train this many networks on the earlier unions once and use them in turn; 0 "
+     "trains a new one for every outer iteration, as published"),
+]  # fmt: skip
+
 
 def niter(text):
     """Parse --niter: a number > 0, whole if it is (folder names hold it); fractions make runs shorter than 1."""
@@ -125,7 +140,7 @@ def tables(start_interval):
             ("--start-interval", NATURAL, 0, start_interval),
         ],
         "matching": [
-            ("-a --aug_type", strategy, "color_crop_cutout", "DSA of a pair of batches"),
+            AUG_TYPE,
             ("--match", ("feat", "grad"), "grad", "what is matched"),
             ("--metric", METRICS, "l1", "distance"),
             ("--bias", truth, False, "match gradients of biases and normalisations, too"),
@@ -138,13 +153,10 @@ def tables(start_interval):
                 "length of a stage: niter x 100 sweeps, inner_loop of them in each outer iteration",
             ),
             ("--inner_loop", COUNT, 100, "sweeps over the classes in one outer iteration"),
-            ("--early", NATURAL, 0, "real epochs of a network before its first sweep"),
-            ("--fix_iter", FROM_MINUS_ONE, -1, "outer iterations with one network (-1: one)"),
-            ("--net_epoch", NATURAL, 1, "epochs on real images after each sweep"),
-            ("--n_data", COUNT, 500, "real images of these epochs"),
+            *STUDENT,
             ("--pt_from", FROM_MINUS_ONE, -1, "start from networks pretrained for so many epochs (-1: from new ones)"),
             ("--pt_num", COUNT, 1, "number of pretrained networks"),
-            ("--batch_real", COUNT, 64, "real images of a class in one match"),
+            BATCH_REAL,
             ("--batch_syn_max", COUNT, 128, "decoded images of a class in one match, at most"),
             (
                 "--lr_img",
@@ -190,6 +202,33 @@ def resolve(parser):
     `lr_img` is as given, `lr_img_scaled` what the optimiser uses, `size` the pixels, `nclass` the classes and `data`
     the data set's name in utils/data.
     """
+    args, derive = resolve_data(parser)
+    dataset, many = args.dataset, args.nclass >= 100
+    if args.reproduce:
+        _apply_presets(args, derive, many)
+    if dataset == "digits":
+        derive(**DIGITS)
+    resolve_training(args, derive)
+    if dataset in ("imagenet", "tiny-imagenet") and args.net_type == "convnet":
+        derive(net_type="resnet_ap", depth=10)
+    if args.net_type == "convnet" and args.depth > 4:
+        derive(depth=3)
+    if dataset in ("imagenet", "tiny-imagenet") and many:
+        derive(lr=0.1, weight_decay=1e-4)
+        derive(batch_size=max(args.batch_size, 128), batch_real=max(args.batch_real, 128))
+    decoded = args.factor**2 * args.ipc
+    decoded = min(decoded, args.batch_syn_max) if args.decode_type == "bound" else decoded
+    derive(epochs=evaluation_epochs(dataset, decoded, many))
+    if args.match == "feat":
+        args.metric = "mse"  # whatever is given, as published
+        if args.net_type not in ("convnet", "resnet", "resnet_ap"):
+            parser.error(f"--match feat: expected -n convnet, resnet or resnet_ap, found {args.net_type}")
+    args.lr_img_scaled = args.lr_img * (args.ipc / 10) * (args.size / base_size(dataset, args.size)) ** 2
+    return args
+
+
+def resolve_data(parser):
+    """Parse the command line; returns (namespace with `data`, `size` and `nclass`, function that derives settings)."""
     args, given = parser.parse_args(), parser.given()
     if args.dataset == "speech":
         parser.error("-d speech: expected image data; the speech commands of the release have never been published")
@@ -211,38 +250,21 @@ def resolve(parser):
         args.nclass = info.KNOWN[args.data].num_classes if args.data in info.KNOWN else 10
     elif not 2 <= args.nclass <= 100:
         parser.error(f"--nclass: expected 2 to 100, found {args.nclass}")
-    many = args.nclass >= 100
+    if args.factor > args.size:
+        parser.error(f"--factor {args.factor}: larger than the images of {args.size} pixels")
+    return args, derive
 
-    if args.reproduce:
-        _apply_presets(args, derive, many)
-    if dataset == "digits":
-        derive(**DIGITS)
+
+def resolve_training(args, derive):
+    """Derive how images are initialised and networks are trained on them."""
     if args.factor > 1:
         derive(init="mix")
-    if dataset in SMALL:
+    if args.dataset in SMALL:
         derive(mix_p=0.5, dsa=True)
-    if dataset in ("svhn", "mnist"):
+    if args.dataset in ("svhn", "mnist"):
         derive(dsa_strategy=without(args.dsa_strategy, "flip"))
     if args.mixup == "cut":
         derive(dsa_strategy=without(args.dsa_strategy, "cutout"))
-    if dataset in ("imagenet", "tiny-imagenet") and args.net_type == "convnet":
-        derive(net_type="resnet_ap", depth=10)
-    if args.net_type == "convnet" and args.depth > 4:
-        derive(depth=3)
-    if dataset in ("imagenet", "tiny-imagenet") and many:
-        derive(lr=0.1, weight_decay=1e-4)
-        derive(batch_size=max(args.batch_size, 128), batch_real=max(args.batch_real, 128))
-    decoded = args.factor**2 * args.ipc
-    decoded = min(decoded, args.batch_syn_max) if args.decode_type == "bound" else decoded
-    derive(epochs=evaluation_epochs(dataset, decoded, many))
-    if args.match == "feat":
-        args.metric = "mse"  # whatever is given, as published
-        if args.net_type not in ("convnet", "resnet", "resnet_ap"):
-            parser.error(f"--match feat: expected -n convnet, resnet or resnet_ap, found {args.net_type}")
-    args.lr_img_scaled = args.lr_img * (args.ipc / 10) * (args.size / base_size(dataset, args.size)) ** 2
-    if args.factor > args.size:
-        parser.error(f"--factor {args.factor}: larger than the images of {args.size} pixels")
-    return args
 
 
 def _apply_presets(args, derive, many):
@@ -372,7 +394,12 @@ def train_config(args, epochs, real_images=False, lr_factor=1.0):
     )
 
 
-def check_network(args, real):
+def network_title(args):
+    """Return what folders and reports call the distillation's network."""
+    return names.idc_model(vars(args))
+
+
+def check_spec(args, real):
     """Refuse a network that the images are too small for.
 
     Raises:

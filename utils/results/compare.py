@@ -40,7 +40,7 @@ class EvaluatedResult:
     @property
     def base(self):
         """The base method."""
-        return "IDC" if "factor" in self.report["config"] else "MTT"
+        return names.base_method(self.report["config"])
 
     @property
     def staged(self):
@@ -107,7 +107,7 @@ def read(folder):
         rows([result])
     except (KeyError, TypeError, AttributeError, IndexError):
         raise UserError(f"{path}: expected {WHAT}, found something else; evaluate the result again") from None
-    read_stage = _read_idc_stage if result.base == "IDC" else _read_mtt_stage
+    read_stage = _read_mtt_stage if result.base == "MTT" else _read_idc_stage
     for stage in range(1, result.report["config"]["num_intervals"] + 1):
         read_stage(result, stage)
     return result

@@ -15,7 +15,7 @@ from ..data import datasets
 from ..data.info import IDC_NAMES, IDC_STATISTICS, IMAGENET_MEAN, IMAGENET_STD, KNOWN, SIZED, DatasetInfo
 from ..run import files
 from ..run.errors import UserError
-from .names import STAGE_FOLDER, mtt_stages
+from .names import STAGE_FOLDER, base_method, mtt_stages
 from .provenance import DATA
 
 IDC_FILE = re.compile(r"interval_(\d+)_data\.pt")
@@ -24,7 +24,7 @@ MTT_NAME = re.compile(
     r"(?P<dataset>[^_]+)_(?P<model>.+)_(?P<eval_mode>[A-Z])_ipc(?P<ipc>[\d-]+)_max\d+_syn\d+_.*_increase"
     r"(?P<zca>_zca)?(_.*)?"
 )
-IDC_NAME = re.compile(r".+_(grad|feat|f\d+(,\d+)?)_.+_ipc\d+")
+IDC_NAME = re.compile(r".+_(grad|feat|f\d+(,\d+)?|dm)_.+_ipc\d+")
 FACTOR = re.compile(r"_factor(\d+)(?:_(multi|bound))?_")
 
 
@@ -37,7 +37,7 @@ class Distillation:
         stages: {stage (from 1): its folder (MTT) or file (IDC)}.
         info: `DatasetInfo`.
         options, versions: dicts of config.json, empty without one.
-        method: PDD+MTT or PDD+IDC.
+        method: PDD+MTT, PDD+IDC or PDD+DM.
         factor, decode_type: of IDC's multi-formation.
     """
 
@@ -149,7 +149,8 @@ def _find_idc(folder, unions, dataset, data_path, factor, decode_type):
     subset = f"imagenet{options['nclass']}{seed}" if "nclass" in options else folder.parent.name
     name, statistics = IDC_NAMES.get(dataset, dataset), IDC_STATISTICS.get(dataset)
     info = _info(folder, name, data_path, False, statistics, subset, unions[1])
-    return Distillation(folder, unions, info, options, versions, "PDD+IDC", factor, decode_type)
+    method = f"PDD+{base_method({'factor': factor} | options)}"
+    return Distillation(folder, unions, info, options, versions, method, factor, decode_type)
 
 
 def _read_arguments(folder):

@@ -101,7 +101,7 @@ def load_stage(distillation, stage=None):
     if stage not in distillation.stages:
         stages = sorted(distillation.stages)
         raise UserError(f"{distillation.folder}: expected one of the stages {stages}, asked for {stage}")
-    return (_load_idc if distillation.method == "PDD+IDC" else _load_mtt)(distillation, stage)
+    return (_load_mtt if distillation.method == "PDD+MTT" else _load_idc)(distillation, stage)
 
 
 def _load_mtt(distillation, stage):

@@ -167,6 +167,43 @@ def idc_folder(config, old=False):
     return "_".join(text for text, wanted in parts if wanted)
 
 
+def dm_folder(config):
+    """Return the name of a PDD+DM result's folder, in the grammar of PDD+IDC's."""
+    c, union = config, config["transition"] == "union"
+    parts = (
+        (c["model"], True),
+        (c["tag"], c["tag"]),
+        ("dm", True),
+        (c["metric"], True),
+        (f"a{c['cf_alpha']}", c["metric"] == "cf" and c["cf_alpha"] != 0.5),
+        (f"cal{c['calibration']}", c["calibration"] > 0),
+        ("window", c["window"] == "stage" and not union),
+        ("union", union),
+        (f"fix{c['fix_iter']}", union and c["fix_iter"] > 0),
+        (f"ely{c['early']}", union and c["early"] > 0),
+        (f"nd{c['n_data']}", union),
+        (f"inloop{c['inner_loop']}", union and c["inner_loop"] != 100),
+        ("cut", union and c["mixup_net"] == "cut"),
+        (f"nlr{c['lr']}", c["lr"] != 0.01),
+        (f"wd{c['weight_decay']}", c["weight_decay"] != 5e-4),
+        (f"it{c['Iteration']}", c["Iteration"] != 1000),
+        (f"factor{c['factor']}", True),
+        (c["decode_type"], c["decode_type"] != "single"),
+        (c["aug_type"], c["aug_type"] != "color_crop_cutout"),
+        (f"lr{c['lr_img']}", True),
+        (f"mom{c['momentum']}", c["momentum"] != 0.9),
+        (f"b_real{c['batch_real']}", c["batch_real"] != 64),
+        (c["init"], True),
+        (f"ipc{c['ipc']}", True),
+    )
+    return "_".join(text for text, wanted in parts if wanted)
+
+
+def base_method(config):
+    """Return which base method a result with the options `config` (a dict) is of: MTT, IDC or DM."""
+    return "DM" if "calibration" in config else "IDC" if "factor" in config else "MTT"
+
+
 def idc_summary(folder, stage):
     """Return the file that says that `stage` (from 1) of PDD+IDC is complete."""
     return Path(folder) / f"interval_{stage - 1}.json"

@@ -95,7 +95,7 @@ def _networks(config, model, kind):
     """Return the `networks` of a row in reports of earlier versions, which do not say it."""
     if kind == "full":
         return config["full_networks"]
-    if "factor" in config:  # PDD+IDC
+    if "factor" in config:  # PDD+IDC, PDD+DM
         return config["repeat"]
     return config["num_experts" if kind == "stages" and model == config["model"] else "num_eval"]
 

@@ -19,7 +19,7 @@ from utils import options
 from utils.data.datasets import RES
 from utils.options import mtt
 
-SCRIPTS = ["buffer_mtt.py", "distill_mtt.py", "evaluate_mtt.py", "distill_idc.py", "evaluate_idc.py"]
+SCRIPTS = ["buffer_mtt.py", "distill_mtt.py", "evaluate_mtt.py", "distill_idc.py", "evaluate_idc.py", "distill_dm.py"]
 
 
 def parsed(script, words, monkeypatch):

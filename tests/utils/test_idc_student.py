@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from utils import students, training
+from utils import idc_student, training
 from utils.data import datasets
 from utils.data.datasets import ImageDataset
-from utils.students import Student, StudentConfig
+from utils.idc_student import Student, StudentConfig
 
 EARLIER = training.TrainConfig(2, 0.05, 0.9, 5e-4, 16)
 EARLY = training.TrainConfig(2, 0.02, 0.9, 5e-4, 64)
@@ -93,7 +93,7 @@ def test_updates_go_through_all_images_before_any_comes_again(make, monkeypatch)
         assert not shuffle
         taken.append(index)
 
-    monkeypatch.setattr(students.training, "train_epoch", note)
+    monkeypatch.setattr(idc_student.training, "train_epoch", note)
     student = make([], n_data=200, epochs=2)
     for outer in range(2):
         student.begin(outer)
