@@ -277,7 +277,8 @@ def read_mtt_part(path, part):
         value = torch.tensor(value)
     if dimensions == (0,) and isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.reshape(())
-    if not isinstance(value, torch.Tensor) or value.dim() not in dimensions:
+    known = isinstance(value, torch.Tensor) and value.dim() in dimensions
+    if not known or (value.dim() == 2 and not value.dtype.is_floating_point):
         found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise UserError(f"{path}: expected {what}, found {found}; make it anew")
     value = value.detach()
