@@ -460,7 +460,8 @@ def test_zca_also_saves_pixels(whitened, cifar_tree):
 
 @pytest.mark.parametrize("stage,expected", [(1, 0.5), (2, 1e-5)])
 def test_syn_lr_moves_slowly_from_the_second_stage_of_cifar10_at_one_image(monkeypatch, stage, expected):
-    monkeypatch.setattr("sys.argv", ["distill_mtt.py", "--ipc", "1", "--lr_lr", "0.5", "--lr_img", "7"])
+    words = ["--ipc", "1", "--num_intervals", "2", "--lr_lr", "0.5", "--lr_img", "7"]
+    monkeypatch.setattr("sys.argv", ["distill_mtt.py", *words])
     real = datasets.load("Digits", "", torch.device("cpu"))
     run = distill_mtt.Run(distill_mtt.parse(), real)
     run.union = lambda stage: empty_set(real)
