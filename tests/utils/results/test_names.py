@@ -157,12 +157,31 @@ def test_spellings_of_this_version_and_earlier_ones(changes, name, earlier):  # 
     assert names.idc_folder(IDC | changes, old=True) == earlier
 
 
-DM = dict(
-    model="ConvNet", tag="", metric="mean", cf_alpha=0.5, calibration=0.0, window="all", transition="experts",
-    fix_iter=-1, early=0, n_data=500, inner_loop=100, mixup_net="cut", lr=0.01, weight_decay=5e-4, Iteration=1000,
-    factor=2, decode_type="single", aug_type="color_crop_cutout", lr_img=0.01, momentum=0.9, batch_real=64,
-    init="mix", ipc=2,
-)  # fmt: skip
+DM = {
+    "model": "ConvNet",
+    "tag": "",
+    "metric": "mean",
+    "cf_alpha": 0.5,
+    "calibration": 0.0,
+    "window": "all",
+    "transition": "experts",
+    "fix_iter": -1,
+    "early": 0,
+    "n_data": 500,
+    "inner_loop": 100,
+    "mixup_net": "cut",
+    "lr": 0.01,
+    "weight_decay": 5e-4,
+    "Iteration": 1000,
+    "factor": 2,
+    "decode_type": "single",
+    "aug_type": "color_crop_cutout",
+    "lr_img": 0.01,
+    "momentum": 0.9,
+    "batch_real": 64,
+    "init": "mix",
+    "ipc": 2,
+}
 
 
 @pytest.mark.parametrize(
