@@ -157,6 +157,51 @@ def test_spellings_of_this_version_and_earlier_ones(changes, name, earlier):  # 
     assert names.idc_folder(IDC | changes, old=True) == earlier
 
 
+DM = {
+    "model": "ConvNet",
+    "tag": "",
+    "metric": "mean",
+    "cf_alpha": 0.5,
+    "calibration": 0.0,
+    "window": "all",
+    "transition": "experts",
+    "fix_iter": -1,
+    "early": 0,
+    "n_data": 500,
+    "inner_loop": 100,
+    "mixup_net": "cut",
+    "lr": 0.01,
+    "weight_decay": 5e-4,
+    "Iteration": 1000,
+    "factor": 2,
+    "decode_type": "single",
+    "aug_type": "color_crop_cutout",
+    "lr_img": 0.01,
+    "momentum": 0.9,
+    "batch_real": 64,
+    "init": "mix",
+    "ipc": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "changes,name",
+    [
+        ({}, "ConvNet_dm_mean_factor2_lr0.01_mix_ipc2"),
+        ({"tag": "a", "metric": "cf", "cf_alpha": 0.3}, "ConvNet_a_dm_cf_a0.3_factor2_lr0.01_mix_ipc2"),
+        ({"cf_alpha": 0.3, "calibration": 0.1, "window": "stage"},
+         "ConvNet_dm_mean_cal0.1_window_factor2_lr0.01_mix_ipc2"),
+        ({"transition": "union", "window": "stage", "inner_loop": 20, "early": 2, "fix_iter": 3},
+         "ConvNet_dm_mean_union_fix3_ely2_nd500_inloop20_cut_factor2_lr0.01_mix_ipc2"),
+        ({"Iteration": 50, "decode_type": "multi", "aug_type": "crop", "batch_real": 9, "lr": 0.1, "momentum": 0.5},
+         "ConvNet_dm_mean_nlr0.1_it50_factor2_multi_crop_lr0.01_mom0.5_b_real9_mix_ipc2"),
+    ],
+)  # fmt: skip
+def test_folders_of_feature_matching(changes, name):
+    assert names.dm_folder(DM | changes) == name
+    assert names.base_method(DM | changes) == "DM"
+
+
 def test_networks_in_folder_names_differ():
     found = [
         names.idc_model(IDC | {"net_type": kind, "depth": depth, "norm_type": norm, "width": width})
