@@ -21,6 +21,7 @@ import tempfile
 import torch
 from torch.nn import functional as F
 
+from networks.kernels import explicit
 from networks.reparam import flatten
 
 from .augment import DSA, random_windows
@@ -220,14 +221,14 @@ class _Explicit:
 
     def __init__(self, student, theta, inputs, targets, total, keep):
         self.student, self.theta, self.total = student, theta, total
-        gradients, saved = student.gradient(student.parts(theta), inputs, targets, total)
+        gradients, saved = explicit.gradient(student.parts(theta), inputs, targets, total)
         self.gradient = flatten(gradients)
         self.saved = saved if keep else ()
 
     def vjp(self, vector, of_theta):
         """Return (∂g/∂θ)ᵀ `vector`, None if it is not wanted, and (∂g/∂x)ᵀ `vector`."""
         parts = self.student.parts
-        products, inputs = self.student.vjp(parts(self.theta), self.saved, parts(vector), self.total, of_theta)
+        products, inputs = explicit.vjp(parts(self.theta), self.saved, parts(vector), self.total, of_theta)
         return flatten(products) if of_theta else None, inputs
 
 
