@@ -10,7 +10,7 @@ import pytest
 
 import distill_mtt
 import evaluate_mtt
-from scripts import reproduce
+from scripts import reproduce, study
 from tests.conftest import PROJECT
 from tests.support.published import SEED_COMMANDS
 
@@ -32,6 +32,11 @@ RUN_BY = {
         "python evaluate_idc.py --reproduce": "test_published_commands_run_and_evaluate",
         "python -u distill_idc.py --reproduce": "test_published_commands_run_and_evaluate",
     },
+    "runs/test_distill_dm.py": {
+        "python buffer_mtt.py --dataset CIFAR10 --model ConvNetW32": "test_files_are_those_of_idc",
+        "python distill_dm.py -d cifar10": "test_files_are_those_of_idc",
+        "python evaluate_idc.py --method dm": "test_variants_run_evaluate_and_load",
+    },
     "runs/test_from_anywhere.py": {
         "python buffer_mtt.py --dataset folder": "test_own_images_go_through_all_scripts",
         "python distill_mtt.py --dataset folder": "test_own_images_go_through_all_scripts",
@@ -48,6 +53,7 @@ RUN_BY = {
         "python scripts/reproduce.py cifar10-mtt-ipc10": "test_an_interrupted_row_continues",
         "python scripts/reproduce.py cifar10-mtt-ipc10-oneshot": "test_a_baseline_runs_from_experts_to_report",
     },
+    "scripts/test_study.py": {"python scripts/study.py": "test_the_table_is_that_of_the_reports"},
     "scripts/test_export.py": {"python scripts/export.py": "test_export_as_a_user_runs_it"},
     "scripts/test_download.py": {"python scripts/download.py": "test_buffers_arrive_and_are_named_for_the_next_script"},
     "utils/results/test_compare.py": {
@@ -94,6 +100,8 @@ def test_every_command_exists_and_is_parsed(command, monkeypatch):
         end = own.index("--") if "--" in own else len(own)
         options = reproduce.parse(own[:end])
         assert not options.row or reproduce.steps_of(options.row, options, reproduce.named(own[end + 1 :]))
+    elif script == "scripts/study.py":
+        assert study.parse(own)
     elif script.endswith(".py"):
         monkeypatch.setattr(sys, "argv", [script, *own])
         assert importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse()
