@@ -50,6 +50,8 @@ def parse():
         parser.add_options(title, rows)
     parser.add_options("machine", options.MACHINE + options.SEED)
     args = parser.parse_args()
+    if args.bf16 and args.compile:
+        parser.error("--compile and --bf16: expected one of them; the compiled steps are made for full precision")
     if args.zca and args.texture:
         parser.error("--zca together with --texture: whitening mixes the pixels that windows take apart; choose one")
     if args.soft_labels and args.texture:
@@ -232,7 +234,7 @@ class Run:
         self.canvas = args.canvas_size if args.texture else 1
         self.ipcs = names.stage_ipcs(args.ipc, args.num_intervals)
         network = training.new_network(args.model, real, args.seed, "student")
-        self.student = ReparamModule(network, args.bf16)
+        self.student = ReparamModule(network, args.compile, log0, args.bf16)
 
     def check_inputs(self):
         """Refuse what cannot work before anything is written; returns the run's size."""

@@ -87,6 +87,10 @@ def project(
     return work
 
 
+def compiled(**case):
+    return project(**case, compiled=True)
+
+
 def bf16(**case):
     return project(**case, bf16=True)
 
@@ -94,8 +98,10 @@ def bf16(**case):
 def main():
     options = harness.parse(__doc__)
     ways = {"": project}
-    if options.device != "cpu" or options.smallest:  # what the option gains there
-        ways |= {", --bf16": bf16}
+    if options.device != "cpu":  # what the other options gain there
+        ways |= {", --compile": compiled, ", --bf16": bf16}
+    elif options.smallest:
+        ways |= {", --bf16": bf16}  # compiling takes a minute
     cases = SMALLEST if options.smallest else CASES
     rows = [
         harness.pair(label + words, published, way, options, **case)

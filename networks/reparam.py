@@ -17,12 +17,17 @@ class ReparamModule:
 
     Args:
         network: torch.nn.Module; its own parameters are only read for their shapes.
+        compiled: differentiate ConvNets by compiled code; see networks/kernels/explicit.py.
+        note: function of a string, told once where that does not work.
         bf16: convolutions and products in bfloat16 (torch.autocast); parameters, normalisations, loss and gradients
             stay as they are.
     """
 
-    def __init__(self, network, bf16=False):
-        self.network, self.bf16 = network, bf16
+    def __init__(self, network, compiled=False, note=print, bf16=False):
+        self.network, self.compiled, self.bf16 = network, compiled, bf16
+        self.gradient, self.vjp = explicit.gradient, explicit.vjp
+        if compiled:
+            self.gradient, self.vjp = (explicit.compiled(f, note) for f in (self.gradient, self.vjp))
         self.names = [name for name, _ in network.named_parameters()]
         self.shapes = [parameter.shape for parameter in network.parameters()]
         self.sizes = [parameter.numel() for parameter in network.parameters()]
@@ -43,8 +48,8 @@ class ReparamModule:
             return functional_call(self.network, values, (x,)).to(x.dtype)
 
     def written_out(self, x):
-        """Return whether networks/kernels/explicit.py is made for this network and images x (B, C, H, W)."""
-        return not self.bf16 and explicit.applies(self.network, x)
+        """Return whether `gradient` and `vjp` are made for this network and images x (B, C, H, W)."""
+        return not self.bf16 and explicit.applies(self.network, x, self.compiled)
 
 
 def flatten(parameters):

@@ -22,7 +22,6 @@ import tempfile
 import torch
 from torch.nn import functional as F
 
-from networks.kernels import explicit
 from networks.reparam import flatten
 
 from .augment import DSA, random_windows
@@ -233,14 +232,14 @@ class _Explicit:
 
     def __init__(self, student, theta, inputs, targets, total, keep):
         self.student, self.theta, self.total, self.soft = student, theta, total, targets.is_floating_point()
-        gradients, saved = explicit.gradient(student.parts(theta), inputs, targets, total)
+        gradients, saved = student.gradient(student.parts(theta), inputs, targets, total)
         self.gradient = flatten(gradients)
         self.saved = saved if keep else ()
 
     def vjp(self, vector, of_theta):
         """Return what `_Graph.vjp` does."""
         parts, wanted = self.student.parts, (of_theta, self.soft)
-        products, *data = explicit.vjp(parts(self.theta), self.saved, parts(vector), self.total, *wanted)
+        products, *data = self.student.vjp(parts(self.theta), self.saved, parts(vector), self.total, *wanted)
         return flatten(products) if of_theta else None, *data
 
 

@@ -3,7 +3,7 @@
 Trajectory matching needs, for one student step, the gradient g(θ, x) of the cross-entropy with respect to the
 parameters, and later (∂g/∂θ)ᵀλ and (∂g/∂x)ᵀλ for one vector λ (Pearlmutter, Neural Computation 1994). Autograd finds
 them by recording the backward pass and going back through the record. Here both passes are plain functions of tensors:
-no record is made, sums are taken in place, and less than half as many operations are launched.
+no record is made, sums are taken in place, and a compiler can see all of it.
 
 Names: a tensor's gradient is `g` and its name; the derivative of ⟨g, λ⟩ with respect to something is `d` and its name.
 """
@@ -15,12 +15,16 @@ from networks.convnet import ConvNet
 from networks.kernels import fused
 
 
-def applies(network, images):
-    """True for networks that the functions below are made for: fused blocks, no global pooling; images (N, C, H, W)."""
+def applies(network, images, compiled=False):
+    """True where the functions below are made for: fused blocks, no global pooling, images (N, C, H, W) on a CPU.
+
+    Other devices have quicker kernels for what autograd records, unless a compiler joins these operations.
+    """
     return (
         isinstance(network, ConvNet)
         and network.fuses
         and isinstance(network.pool, torch.nn.Identity)
+        and (compiled or images.device.type == "cpu")
         and images.shape[2] % 2**network.depth == 0
         and network.features[0].padding == (1, 1)
     )
@@ -122,17 +126,44 @@ def vjp(parameters, saved, vectors, total, of_parameters=True, of_labels=False):
     return results if of_parameters else None, d_x, *([centred / -total] if of_labels else [])
 
 
+def compiled(function, note):
+    """Return `function` under torch.compile; where that fails, `note` is called once with a line and it runs as it is.
+
+    Args:
+        function: `gradient` or `vjp`.
+        note: function of a string.
+    """
+    # A union whose minibatches leave remainders has several shapes, and new ones in every stage.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    quick = torch.compile(function, dynamic=False)
+
+    def call(*arguments):
+        nonlocal quick
+        if quick is not None:
+            try:
+                return quick(*arguments)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # compilers fail in too many ways to name them
+                quick = None
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                note(f"note: --compile does not work here ({reason[:100]}); running without")
+        return function(*arguments)
+
+    return call
+
+
 def _by_four(parameters):
     return list(zip(*[iter(parameters)] * 4, strict=True))
 
 
-RGB_CHANNELS = 3  # channels of an image: for so few, gradients of inputs are quicker as columns on CPUs, too
-SMALL = 512  # values of an image up to which its convolution is quicker on a CPU as a product with its columns
+RGB_CHANNELS = 3  # channels of an image: for so few, gradients of inputs are quicker as columns, too
+SMALL = 512  # values of an image up to which its convolution is quicker as a product with its columns
 
 
 def _laid_out(x):
     """Return the input of a convolution: x (B, C, H, W), or its 3x3 neighbourhoods as columns (B, 9 C, H W)."""
-    return F.unfold(x, 3, padding=1) if fused.on_cpu(x) and x[0].numel() <= SMALL else x
+    return F.unfold(x, 3, padding=1) if x[0].numel() <= SMALL else x
 
 
 def _rows(kernel):
@@ -158,7 +189,7 @@ def _kernel_gradient(g, inputs, kernel):
 
 def _input_gradient(pairs, inputs):
     """Return the sum of the gradients (B, C, H, W) of a convolution's input over pairs (g, kernel)."""
-    if inputs.dim() == 4 and (inputs.shape[1] > RGB_CHANNELS or not fused.on_cpu(inputs)):
+    if inputs.dim() == 4 and inputs.shape[1] > RGB_CHANNELS:
         first, *others = [_convolution_backward(g, inputs, kernel, [True, False, False])[0] for g, kernel in pairs]
         return first.add_(others[0]) if others else first
     columns = sum(_rows(kernel).T @ g.flatten(2) for g, kernel in pairs)

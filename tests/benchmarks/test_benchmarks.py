@@ -27,15 +27,6 @@ TABLES = {
     "evaluation": [["2 x ConvNetW32, 4 images, 2 epochs"]],
     "experts": [["ConvNet, 16 images", "ConvNetW32, 16 images"]],
     "idc_sweep": [["10 classes, ConvNet"]],
-    "launches": [
-        [
-            "student step with its adjoint",
-            "training step",
-            "augmented batch",
-            "augmented batch, with what the CPU prepares",
-            "class of an IDC sweep",
-        ]
-    ],
     "loading": [["10 classes of 32 pixels", "200 classes of 64 pixels"]],
     "matching": [
         ["4 digits, 2 a step, 2 steps, ConvNetW32", "4 digits, 2 a step, 2 steps, ConvNetW32, --bf16"],
@@ -111,13 +102,6 @@ def test_every_benchmark_prints_its_tables(name):
             assert numbers and all(math.isfinite(value) and value >= 0 for value in numbers.values())
             assert all(value > 0 for key, value in numbers.items() if key.endswith("_s") and key != "sums_s")
             assert row.get("label", "") in lines[title + 2 + table["rows"].index(row)]
-
-
-def test_a_student_step_launches_half_of_the_baselines_operations():
-    from benchmarks import launches
-
-    baseline, project = (launches.student_step("ConvNet", 50, published) for published in (True, False))
-    assert 400 < baseline < 450 and project <= 215
 
 
 def test_the_estimate_of_many_gpus_covers_all_shapes():

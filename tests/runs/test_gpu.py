@@ -44,6 +44,15 @@ def test_an_iteration_is_full_unrolling_on_a_cpu(name, retained_graphs, slice_si
         assert value.device.type == "cuda" and relative(value.cpu(), truth) < 1e-10
 
 
+def test_compiled_steps_are_exact():
+    student, *problem, expected = case_there()
+    notes = []
+    compiled = ReparamModule(student.network, compiled=True, note=notes.append)
+    for value, truth in zip(match(compiled, *problem), expected, strict=True):
+        assert relative(value.cpu(), truth) < 1e-10
+    assert notes == []
+
+
 def test_parameters_wait_on_the_host():
     stack, tensors = _Stack(torch.empty(1 << 20, device=GPU)), [torch.rand(1 << 20, device=GPU) for _ in range(5)]
     before = torch.cuda.memory_allocated()
@@ -108,7 +117,9 @@ def test_nothing_waits():
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_bf16_runs(tmp_path):
+@pytest.mark.parametrize("option", ["--compile", "--bf16"])
+def test_options_for_speed(option, tmp_path):
     run_script(small.BUFFER, *small.arguments(small.BUFFER, tmp_path), "--device", "cuda")
-    run_script(small.DISTILL, *small.arguments(small.DISTILL, tmp_path), "--device", "cuda", "--bf16")
+    done = run_script(small.DISTILL, *small.arguments(small.DISTILL, tmp_path), "--device", "cuda", option)
+    assert "does not work here" not in done.stderr
     assert (tmp_path / small.EXPERIMENT / "interval2_epoch2-2" / "images_best.pt").exists()

@@ -135,6 +135,7 @@ _MATCHING = [
     ("--trajectories_per_iteration", COUNT, 1, "experts whose gradients are averaged in one iteration; 1 as published, "
      "more is another setting that sees as many times the experts"),
     ("--slice_size", COUNT, None, "images of a minibatch held at once (default: all)"),
+    ("--compile", FLAG, False, "torch.compile for a ConvNet student's steps; meant for GPUs"),
     ("--bf16", FLAG, False, "the student's convolutions and products in bfloat16: no longer exact; meant for GPUs"),
 ]  # fmt: skip
 # From the methods that followed MTT; off by default.
