@@ -3,16 +3,16 @@
 On CPUs a ConvNet spends more time in these three than in its convolutions, most of it in the second derivative, which
 PyTorch composes of some thirty element-wise passes. Written out it needs few. Per image and channel let x be the
 input plane of n pixels with mean μ and r = 1 / √(variance + ε), u = r (x − μ), output p = pool(relu(w u + b)).
-With A the gradient of w u + b and P(A) = r (A − mean(A) − u mean(A u)), the first derivative is
+With A the gradient of w u + b and a0 = mean(A), a1 = mean(A u), the first derivative is
 
-    ∂x = w P(A),   ∂w = Σ A u,   ∂b = Σ A,
+    ∂x = r w (A − a0 − a1 u),   ∂w = Σ n a1,   ∂b = Σ n a0.
 
-sums over pixels and images. For cotangents V of ∂x, f of ∂w and g of ∂b, with Σ over the pixels of a plane only,
+For cotangents V of ∂x, f of ∂w and g of ∂b, with v0 = mean(V), v1 = mean(V u) and q = mean(V A) − v0 a0 − v1 a1,
 
-    ∂A = w P(V) + f u + g,   ∂w = Σ V P(A) over pixels and images,
-    ∂x = s Σ(A u) P(V) + (f + s Σ(V u)) P(A) + s Σ(V P(A)) u,   s = −r w / n.
+    ∂A = r w (V − v0 − v1 u) + f u + g,   ∂w = Σ n r q,
+    ∂x = r (D − mean(D) − u (mean(D u) + r w q)),   D = −r w a1 V + (f − r w v1) A,
 
-P is the gradient of an instance norm without weight, so that PyTorch's own kernel computes P(A) and Σ(A u) at once.
+so that both planes are sums of V, A and x with one factor for each image and channel.
 """
 
 import functools
@@ -81,6 +81,11 @@ def _unpool_masked(p, z):
     return gradient
 
 
+def _dot(a, b):
+    """Mean of a * b over each plane, (N, C)."""
+    return (a * b).mean((2, 3))
+
+
 def _planes(scalars):
     return scalars[:, :, None, None]
 
@@ -103,31 +108,32 @@ def backward(gradient, x, weight, z, mean, rstd):
     )
 
 
-def second(v, f, g, a, x, weight, z, mean, rstd):
+def second(v, f, g, a, x, weight, z, mean, r):
     """Return the gradients of (output's gradient, x, w) for the cotangents V, f, g of (∂x, ∂w, ∂b)."""
-    count, channels, height, width = x.shape
-    total, pixels = count * channels, height * width
-    ones, planes = x.new_ones(total), x.view(1, total, height, width)
+    pixels = x.shape[2] * x.shape[3]
+    a0, v0 = a.mean((2, 3)), v.mean((2, 3))
+    a1 = r * (_dot(a, x) - mean * a0)
+    v1 = r * (_dot(v, x) - mean * v0)
+    q = _dot(v, a) - v0 * a0 - v1 * a1
+    rw = r * weight
 
-    def project(gradient):
-        """Return P and Σ(· u), (N, C, H, W) and (N, C): each plane is a channel of its own of one image."""
-        projected, sums, _ = torch.ops.aten.native_group_norm_backward(
-            gradient.view_as(planes), planes, mean.view(1, -1), rstd.view(1, -1), ones, 1, total, pixels, total,
-            [True, True, False],
-        )  # fmt: skip
-        return projected.view_as(x), sums.view_as(mean)
+    # ∂A as V · rw + x · along_x + rest, then back through ReLU and pooling.
+    along_u = f - rw * v1
+    along_x = along_u * r
+    rest = g - rw * v0 - along_x * mean
+    planes = (v * _planes(rw)).add_(_planes(rest)).addcmul_(x, _planes(along_x))
+    gradient = pool(torch.ops.aten.threshold_backward(planes, z, 0))
 
-    (p_a, sums_a), (p_v, sums_v) = project(a), project(v)
-    products = (v * p_a).sum((2, 3))
+    weight_gradient = (pixels * r * q).sum(0)
 
-    d_a = torch.ops.aten.native_group_norm(x, f, g, count, channels, pixels, channels, EPSILON)[0]
-    d_a.addcmul_(p_v, weight[:, None, None])
-
-    s = rstd * (weight / -pixels)
-    along_u = (s * products).view(-1)
-    d_x = torch.ops.aten.native_group_norm(planes, along_u, None, 1, total, pixels, total, EPSILON)[0].view_as(x)
-    d_x.addcmul_(p_v, _planes(s * sums_a)).addcmul_(p_a, _planes(torch.addcmul(f, s, sums_v)))
-    return pool(torch.ops.aten.threshold_backward(d_a, z, 0)), d_x, products.sum(0)
+    # ∂x as V · for_v + A · for_a + x · for_x + constant.
+    for_v, for_a = -r * rw * a1, r * along_u
+    mean_d = -rw * (v0 * a1 + v1 * a0) + f * a0
+    mean_du = -2 * rw * v1 * a1 + f * a1
+    for_x = -r * r * (mean_du + rw * q)
+    constant = -r * mean_d - for_x * mean
+    planes = (v * _planes(for_v)).add_(_planes(constant)).addcmul_(a, _planes(for_a)).addcmul_(x, _planes(for_x))
+    return gradient, planes, weight_gradient
 
 
 class _Block(torch.autograd.Function):
