@@ -4,8 +4,11 @@ Trajectories are matched on the flat vector (the norm of all parameters), and a 
 differentiable functions of the synthetic images: so the module lends its structure, and the vector its values.
 """
 
+from functools import partial
+
 import torch
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from networks.kernels import explicit
 
@@ -18,16 +21,16 @@ class ReparamModule:
     Args:
         network: torch.nn.Module; its own parameters are only read for their shapes.
         compiled: differentiate ConvNets by compiled code; see networks/kernels/explicit.py.
-        note: function of a string, told once where that does not work.
+        note: function of a string, told once if that does not work.
         bf16: convolutions and products in bfloat16 (torch.autocast); parameters, normalisations, loss and gradients
             stay as they are.
     """
 
     def __init__(self, network, compiled=False, note=print, bf16=False):
-        self.network, self.compiled, self.bf16 = network, compiled, bf16
-        self.gradient, self.vjp = explicit.gradient, explicit.vjp
+        self.network, self.bf16 = network, bf16
+        self.written_out = explicit.gradient, explicit.vjp
         if compiled:
-            self.gradient, self.vjp = (explicit.compiled(f, note) for f in (self.gradient, self.vjp))
+            self.written_out = [explicit.compiled(function, note) for function in self.written_out]
         self.names = [name for name, _ in network.named_parameters()]
         self.shapes = [parameter.shape for parameter in network.parameters()]
         self.sizes = [parameter.numel() for parameter in network.parameters()]
@@ -47,9 +50,36 @@ class ReparamModule:
         with torch.autocast(x.device.type, torch.bfloat16):
             return functional_call(self.network, values, (x,)).to(x.dtype)
 
-    def written_out(self, x):
-        """Return whether `gradient` and `vjp` are made for this network and images x (B, C, H, W)."""
-        return not self.bf16 and explicit.applies(self.network, x, self.compiled)
+    def gradient(self, flat, x, labels, total, keep=True):
+        """Return the gradient g (numel,) of the sum of cross-entropies over `total`, and its `vjp`.
+
+        Args:
+            flat: (numel,) parameters θ.
+            x, labels: (B, C, H, W) images and (B,) int64.
+            keep: False gives no `vjp`, and needs less memory.
+
+        Returns:
+            (g, `vjp`): a partial function of λ (numel,) and a bool `of_parameters` returning ((∂g/∂θ)ᵀ λ, None if it is
+            not wanted; (∂g/∂x)ᵀ λ). What it holds are its arguments and what autograd saves.
+        """
+        if not self.bf16 and explicit.applies(self.network, x):
+            parameters = self.parts(flat)
+            gradients, saved = self.written_out[0](parameters, x, labels, total)
+            return flatten(gradients), partial(self._vjp_written_out, parameters, saved, total) if keep else None
+        with torch.enable_grad():
+            x, flat = x.detach().requires_grad_(keep), flat.detach().requires_grad_()
+            loss = F.cross_entropy(self(flat, x), labels, reduction="sum") / total
+            (gradient,) = torch.autograd.grad(loss, flat, create_graph=keep)
+        return gradient.detach(), partial(_vjp_by_autograd, flat, x, gradient)
+
+    def _vjp_written_out(self, parameters, saved, total, vector, of_parameters):
+        products, of_images = self.written_out[1](parameters, saved, self.parts(vector), total, of_parameters)
+        return flatten(products) if of_parameters else None, of_images
+
+
+def _vjp_by_autograd(flat, x, gradient, vector, of_parameters):
+    *product, of_images = torch.autograd.grad(gradient, [flat, x] if of_parameters else [x], vector)
+    return product[0] if product else None, of_images
 
 
 def flatten(parameters):

@@ -27,6 +27,16 @@ TABLES = {
     "evaluation": [["2 x ConvNetW32, 4 images, 2 epochs"]],
     "experts": [["ConvNet, 16 images", "ConvNetW32, 16 images"]],
     "idc_sweep": [["10 classes, ConvNet"]],
+    "launches": [
+        [
+            "student step with its adjoint, all graphs kept (ConvNetW32)",
+            "student step with its adjoint, constant memory (ConvNetW32)",
+            "training step (ConvNetW32)",
+            "augmented batch of 4 images",
+            "augmented batch of 2 images",
+            "gradient matching of IDC's sweep, 10 classes (ConvNet)",
+        ]
+    ],
     "loading": [["10 classes of 32 pixels", "200 classes of 64 pixels"]],
     "matching": [
         ["4 digits, 2 a step, 2 steps, ConvNetW32", "4 digits, 2 a step, 2 steps, ConvNetW32, --bf16"],
