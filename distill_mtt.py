@@ -15,6 +15,7 @@ interrupted run; --start_interval p begins at stage p from what is on disk.
 import utils.run.quiet_imports  # noqa: F401 - before anything slow
 
 # isort: split
+import argparse
 from pathlib import Path
 
 import torch
@@ -65,8 +66,8 @@ MATCHING = [
     ("--trajectories_per_iteration", COUNT, 1, "experts whose gradients are averaged in one iteration; 1 as published, "
      "more is another setting that sees as many times the experts"),
     ("--slice_size", COUNT, None, "images of a minibatch held at once (default: all)"),
-    ("--compile", FLAG, False, "torch.compile for a ConvNet student's steps; meant for GPUs"),
-    ("--bf16", FLAG, False, "the student's convolutions and products in bfloat16: no longer exact; meant for GPUs"),
+    ("--compile", FLAG, False, "torch.compile for a ConvNet student's steps"),
+    ("--bf16", FLAG, False, argparse.SUPPRESS),  # --precision bf16, as earlier versions spelled it
 ]  # fmt: skip
 STAGE_EVALUATION = [
     ("--num_eval", COUNT, 5, "networks of each evaluation"),
@@ -96,8 +97,10 @@ def parse():
     parser.add_options("output", OUTPUT)
     parser.add_options("machine", options.MACHINE + options.SEED)
     args = parser.parse_args()
+    args.precision = "bf16" if args.bf16 else args.precision
+    args.bf16 = args.precision == "bf16"
     if args.bf16 and args.compile:
-        parser.error("--compile and --bf16: expected one of them; the compiled steps are made for full precision")
+        parser.error("--compile with --precision bf16: expected one of them; compiled steps are in full precision")
     if args.zca and args.texture:
         parser.error("--zca together with --texture: whitening mixes the pixels that windows take apart; choose one")
     if args.start_interval > args.num_intervals:
@@ -107,7 +110,7 @@ def parse():
 
 def main():
     args = parse()
-    device = setup_device(args.device)
+    device = setup_device(args.device, args.precision)
     real = options.held_out(args, mtt.load_data(args, device))
     for name in {args.model, *networks.eval_pool(args.eval_mode, args.model)}:
         options.check_network(name, real)
@@ -229,7 +232,9 @@ def transition(stage, run):
     """Train every expert on the best union of `stage`, then on real data: trajectories of the next stage's experts."""
     args, experts, union = run.args, run.experts(stage), run.union(stage)
     epochs = args.start_sampling_epoch + args.max_start_epoch + args.expert_epochs + 1
-    real_config = training.TrainConfig(epochs, args.lr_teacher, args.mom, args.l2, args.batch_train, run.dsa)
+    real_config = training.TrainConfig(
+        epochs, args.lr_teacher, args.mom, args.l2, args.batch_train, run.dsa, precision=args.precision
+    )
     progress = Progress(len(distributed.share(range(len(experts)))), f"stage {stage}, transition, expert")
     stages.transition(
         run.network_at,
@@ -259,7 +264,7 @@ class Run:
         self.dsa = DSA(args.dsa_strategy) if args.dsa else None
         self.canvas = args.canvas_size if args.texture else 1
         network = training.new_network(args.model, real, args.seed, "student")
-        self.student = ReparamModule(network, args.compile, log0, args.bf16)
+        self.student = ReparamModule(network, args.compile, log0, args.precision)
 
     def check(self):
         """Refuse what cannot work before anything is written; returns the run's size."""

@@ -60,7 +60,7 @@ def parse():
 
 def main():
     args = parse()
-    device = setup_device(args.device)
+    device = setup_device(args.device, args.precision)
     real = idc_options.load_data(args, device)
     read = read_other if args.slct_type in LOADERS else read_idc
     inputs, unions, datasets, select_on = read(args, real, device)

@@ -64,7 +64,7 @@ def parse():
 
 def main():
     args = parse()
-    device = setup_device(args.device)
+    device = setup_device(args.device, args.precision)
     experiment = experiment_folder(args)
     given = args.override_interval_names.split(".") if args.override_interval_names else None
     folders = names.find_mtt_stages(experiment, args.num_intervals, given)
@@ -132,7 +132,7 @@ def eval_model(name, args, real, unions, starts, experiment):
         return network
 
     def real_config(epochs):
-        return evaluation_config(epochs, args.lr_teacher, args.batch_train, dsa)
+        return evaluation_config(epochs, args.lr_teacher, args.batch_train, dsa, precision=args.precision)
 
     def save(k, network):
         if args.save_model:

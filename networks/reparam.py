@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from networks.kernels import explicit
+from networks.precision import forward
 
 
 class ReparamModule:
@@ -22,12 +23,11 @@ class ReparamModule:
         network: torch.nn.Module; its own parameters are only read for their shapes.
         compiled: differentiate ConvNets by compiled code; see networks/kernels/explicit.py.
         note: function of a string, told once if that does not work.
-        bf16: convolutions and products in bfloat16 (torch.autocast); parameters, normalisations, loss and gradients
-            stay as they are.
+        precision: see networks/precision.py.
     """
 
-    def __init__(self, network, compiled=False, note=print, bf16=False):
-        self.network, self.bf16 = network, bf16
+    def __init__(self, network, compiled=False, note=print, precision="fp32"):
+        self.network, self.precision = network, precision
         self.written_out = explicit.gradient, explicit.vjp
         if compiled:
             self.written_out = [explicit.compiled(function, note) for function in self.written_out]
@@ -45,10 +45,7 @@ class ReparamModule:
         values = dict(zip(self.names, self.parts(flat), strict=True))
         # Running statistics of batch normalisation change in copies: a student leaves the network as it is.
         values |= {name: buffer.clone() for name, buffer in self.network.named_buffers()}
-        if not self.bf16:
-            return functional_call(self.network, values, (x,))
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return functional_call(self.network, values, (x,)).to(x.dtype)
+        return forward(lambda images: functional_call(self.network, values, (images,)), x, self.precision)
 
     def gradient(self, flat, x, labels, total, keep=True):
         """Return the gradient g (numel,) of the sum of cross-entropies over `total`, and its `vjp`.
@@ -62,9 +59,10 @@ class ReparamModule:
             (g, `vjp`): a partial function of λ (numel,) and a bool `of_parameters` returning ((∂g/∂θ)ᵀ λ, None if it is
             not wanted; (∂g/∂x)ᵀ λ). What it holds are its arguments and what autograd saves.
         """
-        if not self.bf16 and explicit.applies(self.network, x):
+        maps = x if self.precision == "fp32" else x.to(torch.bfloat16)
+        if explicit.applies(self.network, maps):
             parameters = self.parts(flat)
-            gradients, saved = self.written_out[0](parameters, x, labels, total)
+            gradients, saved = self.written_out[0](parameters, maps, labels, total)
             return flatten(gradients), partial(self._vjp_written_out, parameters, saved, total) if keep else None
         with torch.enable_grad():
             x, flat = x.detach().requires_grad_(keep), flat.detach().requires_grad_()
@@ -74,7 +72,7 @@ class ReparamModule:
 
     def _vjp_written_out(self, parameters, saved, total, vector, of_parameters):
         products, of_images = self.written_out[1](parameters, saved, self.parts(vector), total, of_parameters)
-        return flatten(products) if of_parameters else None, of_images
+        return flatten(products) if of_parameters else None, of_images.to(vector.dtype)
 
 
 def _vjp_by_autograd(flat, x, gradient, vector, of_parameters):

@@ -42,7 +42,7 @@ def gradient(parameters, x, labels, total):
     Args:
         parameters: list of the ConvNet's parameters: for each block kernel and offset of the convolution, scale and
             shift of the norm; then weight and bias of the linear layer.
-        x: (B, C, H, W) images.
+        x: (B, C, H, W) images; bfloat16 ones make all maps bfloat16, while statistics and logits stay float32.
         labels: (B,) int64.
         total: number that the sum is divided by.
 
@@ -50,23 +50,23 @@ def gradient(parameters, x, labels, total):
         (list of the gradients of the parameters, list of tensors that `vjp` needs).
     """
     *blocks, weight, bias = parameters
-    blocks, saved = _by_four(blocks), []
+    blocks, saved = _by_block(blocks, x.dtype), []
     for kernel, offset, scale, shift in blocks:
         inputs = _laid_out(x)
         y = _convolve(inputs, kernel, offset, x.shape)
         z, mean, rstd = fused.forward(y, scale, shift)
         saved.append([inputs, y, z, mean, rstd])
         x = fused.pool(z)
-    features = x.flatten(1)
+    features = x.flatten(1).to(weight.dtype)
     shares = torch.addmm(bias, features, weight.T).softmax(1)
-    g_logits = (shares - _identity(len(bias), x.dtype, x.device)[labels]).div_(total)
+    g_logits = (shares - _identity(len(bias), weight.dtype, x.device)[labels]).div_(total)
     gradients = [g_logits.T @ features, g_logits.sum(0)]
-    g_x, nothing = (g_logits @ weight).view(x.shape), torch.zeros_like(offset)
+    g_x, nothing = (g_logits @ weight).view(x.shape).to(x.dtype), torch.zeros_like(shift)
     for number in reversed(range(len(blocks))):
         (kernel, _, scale, _), (inputs, y, z, mean, rstd) = blocks[number], saved[number]
         a, *sums = fused.project(fused.unpool_masked(g_x, z), y, mean, rstd)
         saved[number] += [a, sums[0]]
-        g_x, g_kernel = _convolution_backward(a * scale[:, None, None], inputs, kernel, of_inputs=number > 0)
+        g_x, g_kernel = _convolution_backward(_scaled(a, scale), inputs, kernel, of_inputs=number > 0)
         gradients = [g_kernel, nothing, *(planes.sum(0) for planes in sums), *gradients]
     return gradients, [features, shares, g_logits, *(tensor for block in saved for tensor in block)]
 
@@ -87,7 +87,9 @@ def vjp(parameters, saved, vectors, total, of_parameters=True):
     *blocks, weight, _ = parameters
     *v_blocks, v_weight, v_bias = vectors
     features, shares, g_logits, *saved = saved
-    blocks, v_blocks, saved = _by_four(blocks), _by_four(v_blocks), list(zip(*[iter(saved)] * 7, strict=True))
+    saved = list(zip(*[iter(saved)] * 7, strict=True))
+    dtype = saved[0][0].dtype
+    blocks, v_blocks = _by_block(blocks, dtype), _by_block(v_blocks, dtype)
 
     # Forward through the backward pass: what λ makes of the gradients of the maps, from the first block to the logits.
     derivatives, along = [], None
@@ -102,22 +104,22 @@ def vjp(parameters, saved, vectors, total, of_parameters=True):
         derivatives.append((along_inputs, d_y, d_scale))
 
     # The logits, where the backward pass began.
-    shape, along = along.shape, along.flatten(1)
+    shape, along = along.shape, along.flatten(1).to(weight.dtype)
     d_g_logits = torch.addmm(v_bias, along, weight.T).addmm_(features, v_weight.T)
     d_logits = torch.ops.aten._softmax_backward_data(d_g_logits, shares, 1, shares.dtype).div_(total)
     results = [(g_logits.T @ along).addmm_(d_logits.T, features), d_logits.sum(0)]
 
     # Back through the forward pass.
-    d_x, nothing = (g_logits @ v_weight).addmm_(d_logits, weight).view(shape), torch.zeros_like(v_shift)
+    d_x = (g_logits @ v_weight).addmm_(d_logits, weight).view(shape).to(dtype)
+    nothing = torch.zeros_like(v_shift)
     for number in reversed(range(len(blocks))):
         (kernel, _, scale, _), v_kernel = blocks[number], v_blocks[number][0]
         (inputs, y, z, mean, rstd, a, _), (along_inputs, own_y, own_scale) = saved[number], derivatives[number]
         _, d_y, d_scale, d_shift = fused.backward(d_x, y, scale, z, mean, rstd)
         d_x, d_kernel = _convolution_backward(d_y.add_(own_y), inputs, kernel, of_kernel=of_parameters)
-        g_y = a * scale[:, None, None]
         of_kernel = of_parameters and along_inputs is not None
         own_x, own_kernel = _convolution_backward(
-            g_y, along_inputs if of_kernel else inputs, v_kernel, of_kernel=of_kernel
+            _scaled(a, scale), along_inputs if of_kernel else inputs, v_kernel, of_kernel=of_kernel
         )
         d_x += own_x
         if of_kernel:
@@ -154,8 +156,16 @@ def compiled(function, note):
     return call
 
 
-def _by_four(parameters):
-    return list(zip(*[iter(parameters)] * 4, strict=True))
+def _by_block(parameters, dtype):
+    """Return (kernel, offset, scale, shift) of every block, those of the convolution in `dtype`."""
+    return [
+        (kernel.to(dtype), offset.to(dtype), scale, shift)
+        for kernel, offset, scale, shift in zip(*[iter(parameters)] * 4, strict=True)
+    ]
+
+
+def _scaled(planes, scale):
+    return planes * scale[:, None, None].to(planes.dtype)
 
 
 RGB_CHANNELS = 3  # channels of an image: for so few, gradients of inputs are quicker as columns on a CPU, too

@@ -25,7 +25,10 @@ EPSILON = 1e-5  # of torch.nn.GroupNorm
 
 
 def applies(x):
-    """True if the fused step is made for x: planes of even size, on a GPU in full precision."""
+    """True if the fused step is made for x: planes of even size, on a GPU in full precision.
+
+    On a CPU x may be bfloat16; weight, bias and all statistics are float32 then.
+    """
     device = x.device.type == "cpu" or (x.device.type in ("cuda", "meta") and x.element_size() >= 4)
     return device and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
 
@@ -138,7 +141,7 @@ def second(v, f, g, a, a1, x, weight, z, mean, r):
     pixels = height * width
     v, v1, _ = project(v, x, mean, r)
     gradient, *_ = torch.ops.aten.native_group_norm(x, f, g, count, channels, pixels, channels, EPSILON)
-    gradient = pool(torch.ops.aten.threshold_backward(gradient.addcmul_(v, _planes(weight)), z, 0))
+    gradient = pool(torch.ops.aten.threshold_backward(gradient.addcmul_(v, _planes(weight).to(v.dtype)), z, 0))
 
     q = (v * a).sum((2, 3), dtype=r.dtype).div_(r).addcmul_(a1 * v1, r.pow(3), value=EPSILON / pixels)
     factors = torch.stack([a1, v1, q]) * (r * weight).mul_(-1 / pixels)
@@ -146,7 +149,7 @@ def second(v, f, g, a, a1, x, weight, z, mean, r):
     factors[2].mul_(r)
     for_v, for_a, for_x = factors.to(x.dtype)
     planes = (v * _planes(for_v)).addcmul_(a, _planes(for_a)).addcmul_(x, _planes(for_x))
-    return gradient, planes.sub_(_planes(for_x * mean)), q.sum(0)
+    return gradient, planes.sub_(_planes(for_x * mean).to(x.dtype)), q.sum(0)
 
 
 class _Block(torch.autograd.Function):

@@ -101,7 +101,7 @@ def test_bf16_with_batch_statistics():
     student, *problem, _ = case_there(name="ConvNetBN")
     network = student.network.float()
     start, target, lr, images = (tensor.float() for tensor in problem[:4])
-    loss, *gradients = match(ReparamModule(network, bf16=True), start, target, lr, images, *problem[4:])
+    loss, *gradients = match(ReparamModule(network, precision="bf16"), start, target, lr, images, *problem[4:])
     assert all(bool(value.isfinite().all()) for value in (loss, *gradients))
 
 

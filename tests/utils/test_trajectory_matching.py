@@ -158,7 +158,8 @@ def test_bfloat16_is_near_but_not_the_same(name):
     images, labels, lr = torch.randn(8, 3, 16, 16), torch.arange(8) % 4, torch.tensor(0.03)
     steps = [Step(torch.arange(8), plain)] * 4
     exact, half = (
-        match(ReparamModule(network, bf16=bf16), start, target, lr, images, labels, steps) for bf16 in (False, True)
+        match(ReparamModule(network, precision=precision), start, target, lr, images, labels, steps)
+        for precision in ("fp32", "bf16")
     )
     for value, truth in zip(half, exact, strict=True):
         assert value.dtype == torch.float32

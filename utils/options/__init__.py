@@ -8,6 +8,7 @@ import argparse
 import math
 
 import networks
+from networks.precision import PRECISIONS
 
 from ..augment import OPERATIONS
 from ..run import distributed
@@ -55,6 +56,7 @@ BEHAVIOUR = 2
 CONFIG_DEFAULTS = {
     "select_on": "test",
     "bf16": False,
+    "precision": "fp32",
     "drop_easy": 0.0,
 }  # of options that folders of earlier versions do not name
 
@@ -186,9 +188,11 @@ def strategy(text):
 
 MACHINE = [
     ("--device", str, "auto", "auto (cuda, then mps, then cpu) or a device name"),
+    ("--precision", PRECISIONS, "fp32", "bf16: convolutions and the tensors between layers in bfloat16, quicker if the "
+     "device has units for it and no longer exact"),
     ("--checkpoint_minutes", RATE, 10.0, "minutes between two saves of a learning loop's state"),
     ("--dry_run", FLAG, False, "print options, inputs, outputs and sizes, then stop"),
-]
+]  # fmt: skip
 SEED = [("--seed", NATURAL, 0, "seed of every random decision")]
 WANDB = [("--wandb", ("disabled", "online", "offline"), "disabled", "log to Weights & Biases")]
 

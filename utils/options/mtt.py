@@ -104,4 +104,4 @@ def match_config(args, real, dsa):
 def union_config(args, real, epochs, lr, dsa):
     """Return how networks are trained on a union for `epochs` epochs with learning rate `lr`."""
     window = real.info.im_size if args.texture else None
-    return evaluation_config(epochs, lr, args.batch_train, dsa, window, args.canvas_samples)
+    return evaluation_config(epochs, lr, args.batch_train, dsa, window, args.canvas_samples, args.precision)
