@@ -1,8 +1,10 @@
 import resource
 import signal
 
+import pytest
 import torch
 
+from utils import trajectories
 from utils.memory import Stack, saved_bytes
 
 
@@ -29,3 +31,16 @@ def test_saved_tensors_count_once():
     x = torch.zeros(5, 3, requires_grad=True)  # 60 bytes
     assert saved_bytes(lambda: x.exp()) == 60  # the result is what it saves
     assert saved_bytes(lambda: [x.sin(), x.cos()]) == 60 + 2 * 60
+
+
+@pytest.mark.parametrize("archive,reads", [(True, 3), (False, 3 + 6)])
+def test_mapped_experts_are_opened_once_and_others_do_not_pile_up(archive, reads, tmp_path, monkeypatch):
+    for number in range(3):
+        path, entry = tmp_path / f"replay_buffer_{number}.pt", [torch.full((2,), float(number))]
+        torch.save([[entry, entry]], path, _use_new_zipfile_serialization=archive)
+    opened, load = [], trajectories.load_buffer
+    monkeypatch.setattr(trajectories, "load_buffer", lambda path, mmap: (opened.append(path), load(path, mmap))[1])
+    experts = trajectories.Experts(tmp_path, [(2,)], 2, "a network")
+    for expert in (0, 1, 2, 0, 1, 2):
+        assert experts.parameters(expert, 1).tolist() == [expert] * 2
+    assert len(opened) == reads and len(experts.loaded) == (3 if archive else 1)

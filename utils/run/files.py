@@ -65,6 +65,11 @@ def save(path, value):
         file.write(buffer.getbuffer())
 
 
+def can_map(path):
+    """Return whether tensors can be mapped from `path`: it is no file of PyTorch 1.5 or earlier, and its name is text."""
+    return zipfile.is_zipfile(path) and str(path).isprintable()
+
+
 def load(path, what="a file written by torch.save", mmap=False):
     """Load tensors, numbers, strings, lists and dicts from `path` onto the CPU, running no code of the file.
 
@@ -80,8 +85,7 @@ def load(path, what="a file written by torch.save", mmap=False):
     try:
         if not path.is_file():
             raise UserError(f"{path}: expected {what}, found {'a folder' if path.is_dir() else 'no file'}")
-        mmap = mmap and zipfile.is_zipfile(path) and str(path).isprintable()  # PyTorch maps no names that are no text
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and can_map(path))
     except pickle.UnpicklingError as error:
         text = str(error)
         if "Unsupported" in text or "GLOBAL" in text or "WeightsUnpickler" in text:
