@@ -66,7 +66,7 @@ def save(path, value):
 
 
 def can_map(path):
-    """Return whether tensors can be mapped from `path`: it is no file of PyTorch 1.5 or earlier, and its name is text."""
+    """Return whether tensors can be mapped from `path`: no file of PyTorch 1.5 or earlier, with a name that is text."""
     return zipfile.is_zipfile(path) and str(path).isprintable()
 
 
