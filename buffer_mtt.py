@@ -79,7 +79,7 @@ def shard(text):
 
 def main():
     args = parse()
-    device = setup_device(args.device)
+    device = setup_device(args.device, args.precision)
     folder = buffer_folder(args.buffer_path, mtt.dataset_subdir(args), args.model, args.zca)
     if args.use_random_pruning:
         folder = folder.with_name(f"{folder.name}_random_pruning_{args.sparse_ratio}")
@@ -148,7 +148,7 @@ def find_missing(args, folder, info, size):
         UserError: the folder belongs to another run, or the disk is too small.
     """
     config = {name: value for name, value in vars(args).items() if name != "shard"}
-    free, defaults = (*RESUMABLE_CHANGES, "num_experts"), {"val_fraction": 0.0}
+    free, defaults = (*RESUMABLE_CHANGES, "num_experts"), {"val_fraction": 0.0, "precision": "fp32"}
     more = {"fingerprint": info.fingerprint, "behaviour": options.BEHAVIOUR}
     begun = files.check_config(folder, config, free, BUFFER_CONFIG, defaults, **more)
     check_data(folder / BUFFER_CONFIG, begun.get("fingerprint"), info)
@@ -169,7 +169,14 @@ def record(args, real, writer, missing):
     dsa = DSA(args.dsa_strategy) if args.dsa else DCAugment()
     milestones = ((args.train_epochs // 2 + 1, 0.1),) if args.decay else ()
     config = training.TrainConfig(
-        args.train_epochs, args.lr_teacher, args.mom, args.l2, args.batch_train, dsa, milestones
+        args.train_epochs,
+        args.lr_teacher,
+        args.mom,
+        args.l2,
+        args.batch_train,
+        dsa,
+        milestones,
+        precision=args.precision,
     )
     alone = distributed.size() == 1 and not args.shard
     for expert in distributed.share(missing):

@@ -52,7 +52,7 @@ def parse():
 
 def main():
     args = parse()
-    device = setup_device(args.device)
+    device = setup_device(args.device, args.precision)
     real = options.held_out(args, dm.load_data(args, device))
     dm.check_spec(args, real)
     run = DmRun(args, real, dm)

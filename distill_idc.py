@@ -55,7 +55,7 @@ def parse():
 
 def main():
     args = parse()
-    device = setup_device(args.device)
+    device = setup_device(args.device, args.precision)
     if args.phase >= 0 or args.nclass_sub >= 0:
         log0(
             "note: --phase and --nclass_sub change nothing: one command learns all classes, over many processes if "

@@ -50,8 +50,10 @@ def parse():
         parser.add_options(title, rows)
     parser.add_options("machine", options.MACHINE + options.SEED)
     args = parser.parse_args()
+    args.precision = "bf16" if args.bf16 else args.precision
+    args.bf16 = args.precision == "bf16"
     if args.bf16 and args.compile:
-        parser.error("--compile and --bf16: expected one of them; the compiled steps are made for full precision")
+        parser.error("--compile with --precision bf16: expected one of them; compiled steps are in full precision")
     if args.zca and args.texture:
         parser.error("--zca together with --texture: whitening mixes the pixels that windows take apart; choose one")
     if args.soft_labels and args.texture:
@@ -64,7 +66,7 @@ def parse():
 
 def main():
     args = parse()
-    device = setup_device(args.device)
+    device = setup_device(args.device, args.precision)
     real = options.held_out(args, mtt.load_data(args, device))
     for name in {args.model, *networks.eval_pool(args.eval_mode, args.model)}:
         options.check_network(name, real)
@@ -215,7 +217,9 @@ def transition(stage, run):
     """Train every expert on the best union of `stage`, then on real data: trajectories of the next stage's experts."""
     args, union, real = run.args, run.union(stage), run.real_data(stage + 1).train
     epochs = sizes.mtt_start_epochs(vars(args), stage + 1).stop + args.expert_epochs + 1
-    real_config = training.TrainConfig(epochs, args.lr_teacher, args.mom, args.l2, args.batch_train, run.dsa)
+    real_config = training.TrainConfig(
+        epochs, args.lr_teacher, args.mom, args.l2, args.batch_train, run.dsa, precision=args.precision
+    )
     on_union = union.dataset(), run.union_config(union.syn_lr)
     files_of = run.folder(stage), args.save_interval
     stages.transition(run.network_at, run.experts(stage), *on_union, real, real_config, *files_of, args.seed, stage)
@@ -234,7 +238,7 @@ class Run:
         self.canvas = args.canvas_size if args.texture else 1
         self.ipcs = names.stage_ipcs(args.ipc, args.num_intervals)
         network = training.new_network(args.model, real, args.seed, "student")
-        self.student = ReparamModule(network, args.compile, log0, args.bf16)
+        self.student = ReparamModule(network, args.compile, log0, args.precision)
 
     def check_inputs(self):
         """Refuse what cannot work before anything is written; returns the run's size."""

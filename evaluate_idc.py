@@ -68,7 +68,7 @@ def parse():
 
 def main():
     args = parse()
-    device = setup_device(args.device)
+    device = setup_device(args.device, args.precision)
     method = METHODS[args.method]
     real = method.load_data(args, device)
     read = read_other if args.slct_type in LOADERS else read_idc

@@ -68,7 +68,7 @@ def parse():
 
 def main():
     args = parse()
-    device = setup_device(args.device)
+    device = setup_device(args.device, args.precision)
     experiment = experiment_folder(args)
     given = args.override_interval_names.split(".") if args.override_interval_names else None
     folders = names.find_mtt_stages(experiment, args.num_intervals, given)
@@ -171,8 +171,10 @@ def eval_model(name, args, real, unions, starts, experiment):
         lr = unions[index].syn_lr * (args.stage_lr[index] if args.stage_lr else 1)
         return mtt.union_config(args, real, args.epoch_eval_train, lr, dsa)
 
-    real_config = evaluation_config(args.epoch_eval_train, args.lr_teacher, args.batch_train, dsa)
-    full_config = evaluation_config(args.full_epochs, args.lr_teacher, args.batch_train, dsa)
+    real_config = evaluation_config(
+        args.epoch_eval_train, args.lr_teacher, args.batch_train, dsa, precision=args.precision
+    )
+    full_config = dataclasses.replace(real_config, epochs=args.full_epochs)
     return EvalModel(
         name=name,
         network=network,
@@ -180,7 +182,7 @@ def eval_model(name, args, real, unions, starts, experiment):
         configs={
             "distilled": [union_config(index) for index in range(len(unions))],
             "random": [real_config] * len(unions),
-            "full": [dataclasses.replace(full_config, epochs=args.full_epochs)],
+            "full": [full_config],
         },
         save=save if args.save_model else None,
     )

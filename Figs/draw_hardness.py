@@ -2,7 +2,7 @@
 
     python Figs/draw_hardness.py FORGETTING OUT.png --data_path data/cifar10-jpeg --labels 1 7
 
-FORGETTING is the forgetting.pt that --drop_easy keeps beside the experts. Two rows a class: easiest first, then hardest.
+FORGETTING is the forgetting.pt that --drop_easy keeps beside the experts. A class has two rows: easiest, hardest.
 """
 
 import argparse

@@ -92,16 +92,16 @@ def compiled(**case):
 
 
 def bf16(**case):
-    return project(**case, bf16=True)
+    return project(**case, precision="bf16")
 
 
 def main():
     options = harness.parse(__doc__)
     ways = {"": project}
     if options.device != "cpu":  # what the other options gain there
-        ways |= {", --compile": compiled, ", --bf16": bf16}
+        ways |= {", --compile": compiled, ", --precision bf16": bf16}
     elif options.smallest:
-        ways |= {", --bf16": bf16}  # compiling takes a minute
+        ways |= {", --precision bf16": bf16}  # compiling takes a minute
     cases = SMALLEST if options.smallest else CASES
     rows = [
         harness.pair(label + words, published, way, options, **case)

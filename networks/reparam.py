@@ -4,10 +4,14 @@ Trajectories are matched on the flat vector (the norm of all parameters), and a 
 differentiable functions of the synthetic images: so the module lends its structure, and the vector its values.
 """
 
+from functools import partial
+
 import torch
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from networks.kernels import explicit
+from networks.precision import forward
 
 
 class ReparamModule:
@@ -18,16 +22,15 @@ class ReparamModule:
     Args:
         network: torch.nn.Module; its own parameters are only read for their shapes.
         compiled: differentiate ConvNets by compiled code; see networks/kernels/explicit.py.
-        note: function of a string, told once where that does not work.
-        bf16: convolutions and products in bfloat16 (torch.autocast); parameters, normalisations, loss and gradients
-            stay as they are.
+        note: function of a string, told once if that does not work.
+        precision: see networks/precision.py.
     """
 
-    def __init__(self, network, compiled=False, note=print, bf16=False):
-        self.network, self.compiled, self.bf16 = network, compiled, bf16
-        self.gradient, self.vjp = explicit.gradient, explicit.vjp
+    def __init__(self, network, compiled=False, note=print, precision="fp32"):
+        self.network, self.precision = network, precision
+        self.written_out = explicit.gradient, explicit.vjp
         if compiled:
-            self.gradient, self.vjp = (explicit.compiled(f, note) for f in (self.gradient, self.vjp))
+            self.written_out = [explicit.compiled(function, note) for function in self.written_out]
         self.names = [name for name, _ in network.named_parameters()]
         self.shapes = [parameter.shape for parameter in network.parameters()]
         self.sizes = [parameter.numel() for parameter in network.parameters()]
@@ -42,14 +45,46 @@ class ReparamModule:
         values = dict(zip(self.names, self.parts(flat), strict=True))
         # Running statistics of batch normalisation change in copies: a student leaves the network as it is.
         values |= {name: buffer.clone() for name, buffer in self.network.named_buffers()}
-        if not self.bf16:
-            return functional_call(self.network, values, (x,))
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return functional_call(self.network, values, (x,)).to(x.dtype)
+        return forward(lambda images: functional_call(self.network, values, (images,)), x, self.precision)
 
-    def written_out(self, x):
-        """Return whether `gradient` and `vjp` are made for this network and images x (B, C, H, W)."""
-        return not self.bf16 and explicit.applies(self.network, x, self.compiled)
+    def gradient(self, flat, x, labels, total, keep=True):
+        """Return the gradient g (numel,) of the sum of cross-entropies over `total`, and its `vjp`.
+
+        Args:
+            flat: (numel,) parameters θ.
+            x, labels: (B, C, H, W) images, and (B,) int64 or (B, K) probabilities.
+            keep: False gives no `vjp`, and needs less memory.
+
+        Returns:
+            (g, `vjp`): a partial function of λ (numel,) and a bool `of_parameters` returning ((∂g/∂θ)ᵀ λ, None if it is
+            not wanted; (∂g/∂x)ᵀ λ; of probabilities y also (∂g/∂y)ᵀ λ). What it holds are its arguments and what
+            autograd saves.
+        """
+        soft = labels.is_floating_point()
+        maps = x if self.precision == "fp32" else x.to(torch.bfloat16)
+        if explicit.applies(self.network, maps):
+            parameters = self.parts(flat)
+            gradients, saved = self.written_out[0](parameters, maps, labels, total)
+            return flatten(gradients), partial(self._vjp_written_out, parameters, saved, total, soft) if keep else None
+        with torch.enable_grad():
+            x, flat = x.detach().requires_grad_(keep), flat.detach().requires_grad_()
+            data = [x]
+            if soft:
+                labels = labels.detach().requires_grad_(keep)
+                data.append(labels)
+            loss = F.cross_entropy(self(flat, x), labels, reduction="sum") / total
+            (gradient,) = torch.autograd.grad(loss, flat, create_graph=keep)
+        return gradient.detach(), partial(_vjp_by_autograd, flat, data, gradient)
+
+    def _vjp_written_out(self, parameters, saved, total, soft, vector, of_parameters):
+        wanted = of_parameters, soft
+        products, of_images, *of_labels = self.written_out[1](parameters, saved, self.parts(vector), total, *wanted)
+        return flatten(products) if of_parameters else None, of_images.to(vector.dtype), *of_labels
+
+
+def _vjp_by_autograd(flat, data, gradient, vector, of_parameters):
+    found = torch.autograd.grad(gradient, [flat, *data] if of_parameters else data, vector)
+    return found if of_parameters else (None, *found)
 
 
 def flatten(parameters):

@@ -14,6 +14,7 @@ are rows of every evaluation.
 
 import argparse
 import importlib
+import os
 import shlex
 import shutil
 import signal
@@ -124,6 +125,10 @@ steps: evaluations inside a stage and the trainings of a transition come on top
 time: not measured at full scale; benchmarks/RESULTS.md has that of rows at --scale small"""
 
 
+# What benchmarks/breakdown.py has measured on this machine.
+SPEED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdd" / "speed.json"
+
+
 class Step(NamedTuple):
     """One command of a row: the script, the words of its command line, and the namespace that it makes of them."""
 
@@ -158,7 +163,7 @@ def main():
     if args.dry_run and not args.list:
         print(*map(command, rows[args.row]), sep="\n")
     if args.list or args.dry_run:
-        print(table(rows))
+        print(table(rows, args.scale))
         return
     for step in rows[args.row]:
         print(f"$ {command(step)}", flush=True)
@@ -269,15 +274,28 @@ def command(step):
     return shlex.join([python, script, *step.words])
 
 
-def table(rows):
-    """Return the text table of {row: list of `Step`s}."""
-    lines = []
+def measured_speed():
+    """Return {"ROW SCALE": {"on": device, "seconds": {script: seconds}}}, empty if nothing was measured."""
+    return files.read_json(SPEED, "what benchmarks/breakdown.py measured") if SPEED.exists() else {}
+
+
+def table(rows, scale):
+    """Return the text table of {row: list of `Step`s}, with the times that were measured on this machine."""
+    lines, speed, machines = [], measured_speed(), set()
     for row, steps in rows.items():
+        times = speed.get(f"{row} {scale}", {"seconds": {}})
+        machines.update({times["on"]} if "on" in times else ())
         for step, size in zip(steps, sizes_of(steps), strict=True):
             memory = " to ".join(dict.fromkeys(files.human_bytes(value) for value in size.memory()))
-            lines.append((row, step.script, size.steps, memory, files.human_bytes(size.disk)))
+            time = f"{times['seconds'][step.script] / 3600:.3g} h" if step.script in times["seconds"] else ""
+            lines.append((row, step.script, size.steps, memory, files.human_bytes(size.disk), time))
             row = ""
-    return tabulate(lines, ("row", "script", "steps", "memory", "disk"), disable_numparse=True) + f"\n\n{NOTES}"
+    head, notes = ["row", "script", "steps", "memory", "disk", "time"], NOTES
+    if machines:
+        notes += f"\ntime: estimated by benchmarks/breakdown.py on this machine ({'; '.join(sorted(machines))})"
+    else:
+        head, lines = head[:-1], [line[:-1] for line in lines]
+    return tabulate(lines, head, disable_numparse=True) + f"\n\n{notes}"
 
 
 def sizes_of(steps):

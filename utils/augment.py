@@ -101,8 +101,7 @@ class DCAugment:
         u = u.to(device=x.device, dtype=x.dtype, non_blocking=True)
         mean = x.mean((0, 2, 3), keepdim=True)  # fills what comes in
         shift = (u[:, 1:] * 2 * self.CROP).floor() - self.CROP
-        rows, columns = (_shift_matrix(shift[:, axis], x.shape[2 + axis], x) for axis in (0, 1))
-        cropped = rows[:, None] @ (x - mean) @ columns[:, None].transpose(2, 3) + mean
+        cropped = _shifted(x - mean, shift) + mean
         sizes = ((1 - self.SCALE + 2 * self.SCALE * u[:, 1:]) * x.shape[2]).floor() / x.shape[2]
         scaled = _sample(x, torch.diag_embed(1 / sizes.flip(1)), False, mode="nearest")
         angle = torch.deg2rad((u[:, 1] * 2 * self.ROTATE).floor() - self.ROTATE)
@@ -129,40 +128,38 @@ def color(x, u, _align_corners):
     return (x - mean) * (_per_image(u, 2) + CONTRAST) + mean
 
 
-def _shift_matrix(shift, size, like):
-    """One-hot (n, size, size) matrices S with S @ rows shifting rows by `shift` (n,) pixels, zeros coming in."""
+def _shift_matrices(shift, size, like):
+    """One-hot (n, 2, size, size) matrices S with S @ rows shifting rows by `shift` (n, 2) pixels, zeros coming in."""
     place = torch.arange(size, device=like.device)
-    return (place[None, None, :] == place[None, :, None] + shift[:, None, None]).to(like.dtype)
+    return (place == place[:, None] + shift[:, :, None, None]).to(like.dtype)
+
+
+def _uniform_integers(u, count):
+    """Return whole numbers 0 … count − 1 for u uniform in [0, 1)."""
+    return (u * count).floor().clamp(max=count - 1)
+
+
+def _shifted(x, shift):
+    """Shift x (B, C, H, H) by `shift` (n, 2) pixels down and right, filling with zeros."""
+    # A product with a one-hot matrix is exact, and its gradient needs no scattering.
+    rows, columns = _shift_matrices(shift, x.shape[-1], x).unbind(1)
+    return rows[:, None] @ x @ columns[:, None].transpose(2, 3)
 
 
 def crop(x, u, _align_corners):
     """Shift by a whole number of pixels on each axis, filling with zeros."""
-    height, width = x.shape[2:]
-
-    def shift(size, column):
-        reach = int(size * CROP_PAD + 0.5)
-        return (u[:, column] * (2 * reach + 1)).floor().clamp(max=2 * reach) - reach
-
-    # A product with a one-hot matrix is exact, and its gradient needs no scattering.
-    rows = _shift_matrix(shift(height, 0), height, x)
-    columns = _shift_matrix(shift(width, 1), width, x)
-    return rows[:, None] @ x @ columns[:, None].transpose(2, 3)
+    reach = int(x.shape[-1] * CROP_PAD + 0.5)
+    return _shifted(x, _uniform_integers(u[:, :2], 2 * reach + 1) - reach)
 
 
 def cutout(x, u, _align_corners):
     """Zero a square; its centre is uniform over the image."""
-    height, width = x.shape[2:]
-
-    def inside(size, column):
-        side = int(size * CUTOUT + 0.5)
-        centres = size + (1 - side % 2)
-        centre = (u[:, column] * centres).floor().clamp(max=centres - 1)
-        place = torch.arange(size, device=x.device)
-        first = centre[:, None] - side // 2
-        return (place >= first) & (place < first + side)
-
-    hole = inside(height, 0)[:, :, None] & inside(width, 1)[:, None, :]
-    return x * (~hole[:, None]).to(x.dtype)
+    size = x.shape[-1]
+    side = int(size * CUTOUT + 0.5)
+    first = _uniform_integers(u[:, :2], size + (1 - side % 2))[:, :, None] - side // 2
+    place = torch.arange(size, device=x.device)
+    rows, columns = ((place >= first) & (place < first + side)).unbind(1)
+    return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
 
 def flip(x, u, _align_corners):
@@ -170,11 +167,9 @@ def flip(x, u, _align_corners):
     return torch.where(_per_image(u, 0) < FLIP, x.flip(3), x)
 
 
-def _sample(x, matrix, align_corners, shift=None, mode="bilinear"):
-    """Resample x (B, C, H, W) at the places that `matrix` (n, 2, 2) and `shift` (n, 2) map the output grid to."""
-    matrix = matrix.expand(len(x), 2, 2)
-    shift = matrix.new_zeros(len(x), 2) if shift is None else shift.expand(len(x), 2)
-    theta = torch.cat([matrix, shift[:, :, None]], dim=2)
+def _sample(x, matrix, align_corners, mode="bilinear"):
+    """Resample x (B, C, H, W) at the places that `matrix` (n, 2, 2 or 3), n 1 or B, maps the output grid to."""
+    theta = F.pad(matrix, (0, 3 - matrix.shape[2])).expand(len(x), 2, 3)
     grid = F.affine_grid(theta, x.shape, align_corners=align_corners)
     return F.grid_sample(x, grid, mode=mode, padding_mode="zeros", align_corners=align_corners)
 
@@ -182,7 +177,7 @@ def _sample(x, matrix, align_corners, shift=None, mode="bilinear"):
 def _rotations(angle):
     """Return rotation matrices (n, 2, 2) by angles (n,) in radians."""
     cos, sin = torch.cos(angle), torch.sin(angle)
-    return torch.stack([torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)], dim=1)
+    return torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
 
 
 def scale(x, u, align_corners):
@@ -200,7 +195,8 @@ def rotate(x, u, align_corners):
 def translate(x, u, align_corners):
     """Shift by any share of the crop's reach on each axis, filling with zeros."""
     shift = (u[:, :2] - 0.5) * (4 * CROP_PAD)  # of the half-width, which is the unit of affine grids
-    return _sample(x, torch.eye(2, device=x.device, dtype=x.dtype).expand(len(u), 2, 2), align_corners, shift)
+    identity = torch.eye(2, device=x.device, dtype=x.dtype).expand(len(u), 2, 2)
+    return _sample(x, torch.cat([identity, shift[:, :, None]], dim=2), align_corners)
 
 
 OPERATIONS = {

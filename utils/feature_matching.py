@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from networks.precision import forward
+
 from . import multi_formation
 from .augment import DSA
 from .run import distributed
@@ -46,15 +48,12 @@ def cf_distances(real, synthetic, frequencies, alpha):
     return (squares.clamp_min(0) + TINY).sqrt().mean(1)
 
 
-def features_of(network, x):
+def features_of(network, x, precision="fp32"):
     """Return the normalised features (B, F) of network input x (B, C, H, W)."""
     found = []
-    hook = last_linear(network).register_forward_pre_hook(lambda _layer, inputs: found.append(inputs[0]))
-    try:
-        network(x)
-    finally:
-        hook.remove()
-    return F.normalize(found[0])
+    with last_linear(network).register_forward_pre_hook(lambda _layer, inputs: found.append(inputs[0])):
+        forward(network, x, precision)
+    return F.normalize(found[0].to(x.dtype))
 
 
 def last_linear(network):
@@ -68,7 +67,7 @@ class FeatureMatchConfig:
 
     Attributes:
         augment: one draw an iteration for all real and synthetic images.
-        factor, decode_type: of multi-formation.
+        factor, decode_type: of multi-formation; precision: see networks/precision.py.
         batch_real: real images of each class in one iteration.
         metric: `mean` or `cf`.
         cf_alpha, frequencies: weight of the amplitudes and number of frequencies of `cf`.
@@ -83,6 +82,7 @@ class FeatureMatchConfig:
     metric: str = "mean"
     cf_alpha: float = 0.5
     frequencies: int = 1024
+    precision: str = "fp32"
     calibration: float = 0.0
     pass_pixels: int = 4096 * 32**2
 
@@ -131,13 +131,13 @@ class FeatureMatcher:
         index = np.concatenate([self.shuffles[label].batch(iteration, self.batch_real) for label in labels])
         with torch.no_grad():
             x = config.augment.apply(train.batch(to_device(index, device))[0], augmentation)
-            real = features_of(network, x).unflatten(0, (len(labels), -1))
+            real = features_of(network, x, config.precision).unflatten(0, (len(labels), -1))
         images = torch.cat([self.synthetic.images[: self.synthetic.first_learned], learned])
         union = SyntheticSet(images, self.synthetic.labels, counts=self.synthetic.counts)
         blocks = union.by_class(self.real.info.num_classes)[labels]
         decoded, _ = multi_formation.decode_union(blocks, config.factor, config.decode_type)
         x = config.augment.apply(train.normalise(decoded), augmentation)
-        synthetic = features_of(network, x).unflatten(0, (len(labels), -1))
+        synthetic = features_of(network, x, config.precision).unflatten(0, (len(labels), -1))
         if config.metric == "mean":
             loss = mean_distances(real, synthetic).sum()
         else:
@@ -145,6 +145,6 @@ class FeatureMatcher:
             loss = cf_distances(real, synthetic, directions, config.cf_alpha).sum()
         if config.calibration:
             targets = torch.tensor(labels, device=device).repeat_interleave(synthetic.shape[1])
-            wrong = F.cross_entropy(finished(x), targets, reduction="sum")
+            wrong = F.cross_entropy(forward(finished, x, config.precision), targets, reduction="sum")
             loss = loss + config.calibration * wrong / (self.real.info.num_classes * synthetic.shape[1])
         return loss

@@ -16,6 +16,8 @@ import dataclasses
 import torch
 from torch.nn import functional as F
 
+from networks.precision import forward
+
 from . import multi_formation
 from .augment import DSA
 from .run import distributed
@@ -54,7 +56,7 @@ def matched_parameters(network, bias, fc):
     return [p for p in network.parameters() if p.dim() > 2 or (p.dim() == 1 and bias) or (p.dim() == 2 and fc)]
 
 
-def matching_loss(network, real, synthetic, label, match, metric, bias=False, fc=False, f_idx=(4, 4)):
+def matching_loss(network, real, synthetic, label, match, metric, bias=False, fc=False, f_idx=(4, 4), precision="fp32"):
     """Return the matching loss of one class (0-dim), differentiable in `synthetic`.
 
     Args:
@@ -65,17 +67,19 @@ def matching_loss(network, real, synthetic, label, match, metric, bias=False, fc
         metric: see `distance`.
         bias, fc: which gradients count besides those of convolutions.
         f_idx: (first, last) of the blocks whose features count, from 0; the network's last one if it has fewer.
+        precision: see networks/precision.py.
     """
     if match == "feat":
         with torch.no_grad():
-            wanted = [features.mean(0) for features in _features(network, real, f_idx)]
-        found = [features.mean(0) for features in _features(network, synthetic, f_idx)]
+            wanted = [features.mean(0) for features in _features(network, real, f_idx, precision)]
+        found = [features.mean(0) for features in _features(network, synthetic, f_idx, precision)]
         return sum(distance(w, f, metric) for w, f in zip(wanted, found, strict=True))
     parameters = matched_parameters(network, bias, fc)
 
     def gradient(x, create_graph):
         targets = torch.full((len(x),), label, dtype=torch.int64, device=x.device)
-        return torch.autograd.grad(F.cross_entropy(network(x), targets), parameters, create_graph=create_graph)
+        loss = F.cross_entropy(forward(network, x, precision), targets)
+        return torch.autograd.grad(loss, parameters, create_graph=create_graph)
 
     wanted = gradient(real, False)
     found = gradient(synthetic, True)
@@ -95,8 +99,8 @@ def feature_range(f_idx):
     return first, last
 
 
-def _features(network, x, f_idx):
-    maps = network.blocks(x)
+def _features(network, x, f_idx, precision):
+    maps = forward(network.blocks, x, precision)
     first, last = (min(index, len(maps) - 1) for index in f_idx)
     return maps[first : last + 1]
 
@@ -149,7 +153,7 @@ class GradientMatchConfig:
         factor, decode_type: of multi-formation.
         batch_real: real images of a class in one match.
         batch_syn_max: decoded images of a class in one match, at most; more are cut at random.
-        match, metric, bias, fc, f_idx: as for `matching_loss`.
+        match, metric, bias, fc, f_idx, precision: as for `matching_loss`.
     """
 
     lr: float
@@ -164,6 +168,7 @@ class GradientMatchConfig:
     bias: bool = False
     fc: bool = False
     f_idx: tuple = (4, 4)
+    precision: str = "fp32"
 
 
 class GradientMatcher:
@@ -246,6 +251,7 @@ class GradientMatcher:
             config.bias,
             config.fc,
             config.f_idx,
+            config.precision,
         )
         (gradient,) = torch.autograd.grad(loss, block)
         stages = len(self.synthetic.counts)

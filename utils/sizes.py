@@ -15,6 +15,7 @@ from networks.reparam import ReparamModule
 
 from . import feature_matching, gradient_matching, multi_formation
 from . import trajectory_matching as matching
+from .memory import saved_bytes
 from .results.names import stage_ipcs
 
 TEST_IMAGES = 10_000  # of every data set of the paper
@@ -105,7 +106,7 @@ def idc_distillation(config, info, train_images):
         network = _network(config, info)
         options = [config[name] for name in ("match", "metric", "bias", "fc")]
         options.append(gradient_matching.feature_range(config["f_idx"]))
-        graph = matching.saved_bytes(lambda: gradient_matching.matching_loss(network, real, synthetic, 0, *options))
+        graph = saved_bytes(lambda: gradient_matching.matching_loss(network, real, synthetic, 0, *options))
         # The backward pass through a graph needs about as much again.
         work = max(2 * graph, _training_bytes(network, info, config["batch_size"]))
         return (_data_bytes(config, info, train_images) + work,) * 2
@@ -127,7 +128,7 @@ def dm_distillation(config, info, train_images):
         images = min(info.num_classes * decoded, max(decoded, together // info.im_size**2))
         network = _network(config, info, config["model"]).requires_grad_(False)
         x = _images(info, images).requires_grad_()
-        graph = matching.saved_bytes(lambda: feature_matching.features_of(network, x).sum())
+        graph = saved_bytes(lambda: feature_matching.features_of(network, x).sum())
         work = max(2 * graph, _training_bytes(network.requires_grad_(True), info, config["batch_size"]))
         return (_data_bytes(config, info, train_images) + work,) * 2
 
@@ -187,7 +188,7 @@ def _training_memory(config, info, train_images, pool=None):
 def _training_bytes(network, info, batch):
     """Return the bytes for training a network on minibatches of `batch` images, and for testing it."""
     labels = torch.zeros(batch, dtype=torch.int64, device="meta")
-    graph = matching.saved_bytes(lambda: F.cross_entropy(network(_images(info, batch)), labels))
+    graph = saved_bytes(lambda: F.cross_entropy(network(_images(info, batch)), labels))
     outputs = []
     for module in network.modules():
         module.register_forward_hook(lambda _module, _input, output: outputs.append(output.nbytes))

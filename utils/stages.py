@@ -13,13 +13,15 @@ from .run.streams import stream
 from .trajectories import BufferWriter, record_trajectory
 
 
-def evaluation_config(epochs, lr, batch_size, dsa, window=None, samples=1):
+def evaluation_config(epochs, lr, batch_size, dsa, window=None, samples=1, precision="fp32"):
     """Return MTT's way of training on synthetic images: momentum 0.9, weight decay 5e-4, lr × 0.1 after half.
 
     As published, it runs the epochs of index 0 to `epochs`: one more than the option says.
     """
     milestones = ((epochs // 2 + 1, 0.1),)
-    return training.TrainConfig(epochs + 1, float(lr), 0.9, 5e-4, batch_size, dsa, milestones, window, samples)
+    return training.TrainConfig(
+        epochs + 1, float(lr), 0.9, 5e-4, batch_size, dsa, milestones, window, samples, precision=precision
+    )
 
 
 def train_and_test(make_network, count, images, config, test, seed, keys, folder):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 import networks
+from networks.precision import forward
 
 from .augment import DSA, cutmix, imagenet_augment, random_windows
 from .run import signals
@@ -35,6 +36,7 @@ class TrainConfig:
         samples: windows of each canvas.
         cutmix: (probability, beta) of CutMix for each minibatch; None for none.
         imagenet: ImageNet's augmentation of the pixels: `crop` or `no_crop` (see `imagenet_augment`); None for none.
+        precision: see networks/precision.py. Accuracies are measured in full precision.
     """
 
     epochs: int
@@ -48,6 +50,7 @@ class TrainConfig:
     samples: int = 1
     cutmix: tuple | None = None
     imagenet: str | None = None
+    precision: str = "fp32"
 
     def lr_at(self, epoch):
         """Return the learning rate of the epoch with index `epoch`."""
@@ -129,7 +132,7 @@ def train_epoch(network, optimizer, images, config, rng, masks=None, index=None,
     seeds = int(rng.integers(2**62)) if any(isinstance(m, STOCHASTIC_LAYERS) for m in network.modules()) else None
     for number, (x, *target) in enumerate(minibatches(images, config, rng, index, shuffle)):
         with contextlib.nullcontext() if seeds is None else torch_seeded(seeds + number, x.device):
-            loss = mixed_loss(network(x), *target)
+            loss = mixed_loss(forward(network, x, config.precision), *target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -231,7 +234,8 @@ def _train_stacked(members, images, config, seed, keys, optimizers):
         set_hyperparameters(stack, config, epoch)
         streams = [stream(seed, *key, epoch) for key in keys]
         for batches in zip(*(minibatches(images, config, rng) for rng in streams), strict=True):
-            logits = logits_of(parameters, torch.stack([batch[0] for batch in batches]))
+            x = torch.stack([batch[0] for batch in batches])
+            logits = forward(lambda x: logits_of(parameters, x), x, config.precision)
             # Each network's gradient comes from its own loss: the sum keeps them apart.
             loss = sum(mixed_loss(logits[k], *batches[k][1:]) for k in range(len(members)))
             stack.zero_grad()

@@ -149,7 +149,8 @@ class Experts:
 
     def _load(self, number):
         if number not in self.loaded:
-            if not self.load_all:
+            # What is mapped stays: it takes little memory, and making its thousands of tensors takes half a second.
+            if not (self.load_all or files.can_map(self.paths[number])):
                 self.loaded.clear()
             self.loaded[number] = load_buffer(self.paths[number], mmap=not self.load_all)
         return self.loaded[number]

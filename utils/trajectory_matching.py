@@ -6,7 +6,6 @@ the loss is L = ‖θ_N − θ*‖² / ‖θ_0 − θ*‖². Its derivatives fol
     λ_N = ∂L/∂θ_N,   λ_i = λ_{i+1} − η H_i λ_{i+1},
     ∂L/∂x_i = −η (∂g/∂x_i)ᵀ λ_{i+1},   ∂L/∂y_i = −η (∂g/∂y_i)ᵀ λ_{i+1},   ∂L/∂η = −Σ_i ⟨g_i, λ_{i+1}⟩
 
-(y_i: labels of the minibatch, if they are probabilities),
 for which one step's graph at a time is enough: memory does not grow with N, for the θ_i are offloaded to a file (CPU)
 or to the host's memory (GPU). Steps whose graph is retained from the forward pass are not computed again.
 The result is the gradient of plain unrolling, not an approximation of it.
@@ -15,16 +14,13 @@ g, H_i λ and the derivatives with respect to the inputs are sums over the minib
 student: each holds the graphs of its part of every minibatch, and the parts of g and H_i λ are summed over the ranks.
 """
 
-import contextlib
 import dataclasses
-import tempfile
+import functools
 
 import torch
-from torch.nn import functional as F
-
-from networks.reparam import flatten
 
 from .augment import DSA, random_windows
+from .memory import Stack, free_memory, saved_bytes
 from .run import distributed
 from .run.device import to_device
 from .run.distributed import ALONE
@@ -47,11 +43,7 @@ class Step:
 
     def rows(self, count):
         """Return the positions in the union of the `count` inputs of this step."""
-        return self.index.repeat(count // len(self.index))
-
-    def labels(self, labels, count):
-        """Return the labels of the `count` inputs of this step."""
-        return labels[self.rows(count)]
+        return self.index if count == len(self.index) else self.index.repeat(count // len(self.index))
 
 
 def plan_batches(total, batch, steps, rng):
@@ -110,167 +102,85 @@ def match(
         is the whole one, and each rank has its own part of the gradients: their sum over the team is the gradient.
     """
     first_retained = len(steps) - retained_graphs
-    thetas, retained = _Stack(start), {}
-    theta = start
+    thetas, retained = Stack(), {}
+    theta, descent = start, -syn_lr
     for number, step in enumerate(steps):
         keep = number >= first_retained
-        graphs = _gradient_graphs(student, theta, images, labels, step, slice_size, keep, team)
+        gradient, *graph = _gradient(student, theta, images, labels, step, slice_size, keep, team)
         if keep:
-            graphs = retained[number] = list(graphs)
+            retained[number] = gradient, *graph
         else:
             thetas.push(theta)
-        gradient = team.all_reduce_sum(_total((part.gradient.detach() for part in graphs), theta))
-        theta = theta - syn_lr * gradient
+        whole = team.all_reduce_sum(gradient.clone()) if team.count > 1 else gradient
+        theta = torch.addcmul(theta, whole, descent)
 
     scale = 1 / (start - target).square().sum()
     loss = (theta - target).square().sum() * scale
     adjoint = 2 * scale * (theta - target)
-    images_gradient = torch.zeros_like(images)
-    lr_gradient = torch.zeros_like(syn_lr)
+    images_gradient, lr_gradients = torch.zeros_like(images), []
     labels_gradient = torch.zeros_like(labels) if labels.is_floating_point() else None
     for number in reversed(range(len(steps))):
-        step = steps[number]
-        graphs = retained.pop(number, None)
-        if graphs is None:
-            graphs = _gradient_graphs(student, thetas.pop(), images, labels, step, slice_size, True, team)
-        products, input_gradients = [], []
-        for part in graphs:
-            lr_gradient -= part.gradient.detach() @ adjoint
-            # λ_0 is never used.
-            product, input_gradient, *target_gradient = part.vjp(adjoint, of_theta=number > 0)
+        if number in retained:
+            gradient, inputs, vjps = retained.pop(number)
+        else:
+            theta = thetas.pop(start)
+            gradient, inputs, vjps = _gradient(student, theta, images, labels, steps[number], slice_size, True, team)
+        lr_gradients.append(gradient @ adjoint)
+        vector = adjoint * descent
+        # λ_0 is never used.
+        products, input_gradients, target_gradients = [], [], []
+        for vjp in vjps:
+            product, input_gradient, *target_gradient = vjp(vector, number > 0)
             products.append(product)
             input_gradients.append(input_gradient)
-            for gradient in target_gradient:  # one, if labels are probabilities
-                labels_gradient.index_add_(0, part.rows, -syn_lr * gradient)
+            target_gradients += target_gradient  # of labels that are probabilities
         if input_gradients:
-            pulled = _pull_back(images, step, torch.cat(input_gradients), team)
-            images_gradient.index_add_(0, step.index, -syn_lr * pulled)
+            images_gradient.index_add_(0, steps[number].index, _pull_back(*inputs, input_gradients, team))
+        if target_gradients:
+            count = len(inputs[1])
+            rows = steps[number].rows(count)[slice(*team.part(count))]
+            labels_gradient.index_add_(0, rows, torch.cat(target_gradients))
         if number:
-            adjoint = adjoint - syn_lr * team.all_reduce_sum(_total(products, adjoint))
+            adjoint = adjoint + team.all_reduce_sum(_total(products, adjoint))
     # Frozen images take part in the sums as well: telling them apart would wait for the device in every step.
     gradients = [] if labels_gradient is None else [labels_gradient[first_learned:]]
-    return loss, images_gradient[first_learned:], lr_gradient, *gradients
-
-
-class _Stack:
-    """A stack of equal tensors outside of the device's memory.
-
-    Those of a CUDA GPU go to the host, without waiting for either. Those of a CPU go to a file without a name in the
-    folder for temporary files (TMPDIR), which the system caches as long as memory is free. Where there is no room, and
-    on other devices, they stay in memory.
-    """
-
-    def __init__(self, like):
-        self.like, self.count, self.memory = like, 0, {}
-        self.file = None
-
-    def push(self, tensor):
-        """Put `tensor` on top; the caller may not change it afterwards."""
-        self.memory[self.count] = tensor
-        if self.like.is_cuda:
-            with contextlib.suppress(RuntimeError):  # the host may refuse to pin
-                host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-                self.memory[self.count] = host.copy_(tensor, non_blocking=True)
-        elif self.like.device.type == "cpu":
-            with contextlib.suppress(OSError):
-                self._write(tensor)
-                del self.memory[self.count]
-        self.count += 1
-
-    def pop(self):
-        """Return the top tensor and take it off."""
-        self.count -= 1
-        if self.count in self.memory:
-            return self.memory.pop(self.count).to(self.like.device, non_blocking=True)
-        tensor = torch.empty_like(self.like)
-        self.file.seek(self.count * tensor.nbytes)
-        if self.file.readinto(_bytes(tensor)) != tensor.nbytes:
-            raise RuntimeError("the temporary file of the student's parameters was cut off")
-        return tensor
-
-    def _write(self, tensor):
-        if self.file is None:
-            self.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed with the stack)
-        self.file.seek(self.count * tensor.nbytes)
-        if self.file.write(_bytes(tensor)) != tensor.nbytes:
-            raise OSError("no room for the whole tensor")
-
-
-def _bytes(tensor):
-    """Return the memory of a contiguous tensor of the CPU, without a copy."""
-    return tensor.detach().view(torch.uint8).numpy()
+    return loss, images_gradient[first_learned:], -torch.stack(lr_gradients).sum(), *gradients
 
 
 def _total(tensors, like):
     """Return the sum of `tensors`, zeros if a rank has none."""
-    total = sum(tensors)
-    return total if isinstance(total, torch.Tensor) else torch.zeros_like(like)
+    return functools.reduce(torch.add, tensors) if tensors else torch.zeros_like(like)
 
 
-class _Graph:
-    """One slice of one step by autograd: the gradient g as a function of θ and the inputs."""
+def _gradient(student, theta, images, labels, step, slice_size, keep, team):
+    """Return what this rank's part of a minibatch adds to g(θ, x).
 
-    saved = ()  # saved tensors are held by autograd
-
-    def __init__(self, student, theta, inputs, targets, total, keep):
-        self.inputs, self.theta = inputs.detach().requires_grad_(keep), theta.detach().requires_grad_()
-        self.data = [self.inputs]
-        if targets.is_floating_point():
-            targets = targets.detach().requires_grad_(keep)
-            self.data.append(targets)
-        loss = F.cross_entropy(student(self.theta, self.inputs), targets, reduction="sum") / total
-        (self.gradient,) = torch.autograd.grad(loss, self.theta, create_graph=keep)
-
-    def vjp(self, vector, of_theta):
-        """Return (∂g/∂θ)ᵀ `vector`, None if it is not wanted, (∂g/∂x)ᵀ `vector`, and for probabilities that of y."""
-        found = torch.autograd.grad(self.gradient, [self.theta, *self.data] if of_theta else self.data, vector)
-        return found if of_theta else (None, *found)
-
-
-class _Explicit:
-    """One slice of one step by the derivatives that networks/kernels/explicit.py writes out."""
-
-    def __init__(self, student, theta, inputs, targets, total, keep):
-        self.student, self.theta, self.total, self.soft = student, theta, total, targets.is_floating_point()
-        gradients, saved = student.gradient(student.parts(theta), inputs, targets, total)
-        self.gradient = flatten(gradients)
-        self.saved = saved if keep else ()
-
-    def vjp(self, vector, of_theta):
-        """Return what `_Graph.vjp` does."""
-        parts, wanted = self.student.parts, (of_theta, self.soft)
-        products, *data = self.student.vjp(parts(self.theta), self.saved, parts(vector), self.total, *wanted)
-        return flatten(products) if of_theta else None, *data
-
-
-def _gradient_graphs(student, theta, images, labels, step, slice_size, keep, team):
-    """Yield the slices of this rank's part of g(θ, x) of one step, with what their products need if `keep`."""
-    with torch.no_grad():
-        inputs = step.augment(images[step.index])
-    rows = step.rows(len(inputs))
-    targets = labels[rows]
-    first, last = team.part(len(inputs))
-    size = slice_size or len(inputs)
-    kind = _Explicit if student.written_out(inputs) else _Graph
-    for begin in range(first, last, size):
-        part = slice(begin, min(begin + size, last))
-        graph = kind(student, theta, inputs[part], targets[part], len(inputs), keep)
-        graph.rows = rows[part]
-        yield graph
-
-
-def _pull_back(images, step, gradient, team):
-    """Return the gradient of the chosen images from that of this rank's part of the augmented ones."""
-    chosen = images[step.index].detach().requires_grad_()
-    with torch.enable_grad():
+    Returns:
+        (gradient (numel,), (chosen images, augmented images), list of the slices' `vjp`s). If `keep` is False the vjps
+        are None.
+    """
+    chosen = images[step.index].requires_grad_(keep)
+    with torch.set_grad_enabled(keep):
         augmented = step.augment(chosen)
+    inputs, targets = augmented.detach(), labels[step.rows(len(augmented))]
+    first, last = team.part(len(inputs))
+    gradients, vjps = [], []
+    for begin in range(first, last, slice_size or len(inputs)):
+        part = slice(begin, min(begin + (slice_size or len(inputs)), last))
+        gradient, vjp = student.gradient(theta, inputs[part], targets[part], len(inputs), keep)
+        gradients.append(gradient)
+        vjps.append(vjp)
+    return _total(gradients, theta), (chosen, augmented), vjps
+
+
+def _pull_back(chosen, augmented, gradients, team):
+    """Return the gradient of the chosen images from those of the slices of this rank's part of the augmented ones."""
+    gradient = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
     if len(gradient) < len(augmented):
         first, last = team.part(len(augmented))
         own, gradient = gradient, torch.zeros_like(augmented)
         gradient[first:last] = own
-    if augmented is chosen:
-        return gradient
-    return torch.autograd.grad(augmented, chosen, gradient)[0]
+    return gradient if augmented is chosen else torch.autograd.grad(augmented, chosen, gradient)[0]
 
 
 def choose_retained_graphs(wanted, student, start, synthetic, steps, slice_size=None, team=ALONE):
@@ -292,45 +202,7 @@ def choose_retained_graphs(wanted, student, start, synthetic, steps, slice_size=
 
 def graph_bytes(student, theta, images, labels, step, slice_size=None, team=ALONE):
     """Return the bytes that one student step keeps; arguments as for `match`, also on the device meta."""
-    return saved_bytes(lambda: list(_gradient_graphs(student, theta, images, labels, step, slice_size, True, team)))
-
-
-def saved_bytes(make):
-    """Return the bytes of all tensors that what `make()` returns keeps for the backward pass.
-
-    Args:
-        make: returns tensors with a graph, or a list of slices of a step.
-    """
-    stores = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        stores[id(storage)] = storage  # kept: on the device meta they have no address to tell them by
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        graph = make()
-    for part in graph if isinstance(graph, list) else ():
-        for tensor in part.saved:
-            pack(tensor)
-    size = sum(storage.nbytes() for storage in stores.values())
-    del graph
-    return size
-
-
-def free_memory(device):
-    """Return the bytes that this process can still allocate on `device`; ranks of one machine share its memory."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024 // distributed.local_size()
-    except OSError:
-        pass
-    return 4 * 2**30  # no way to ask: assume what any current machine has
+    return saved_bytes(lambda: _gradient(student, theta, images, labels, step, slice_size, True, team))
 
 
 @dataclasses.dataclass(frozen=True)

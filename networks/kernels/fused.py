@@ -7,12 +7,13 @@ With A the gradient of w u + b and a0 = mean(A), a1 = mean(A u), the first deriv
 
     ∂x = r w (A − a0 − a1 u),   ∂w = Σ n a1,   ∂b = Σ n a0.
 
-For cotangents V of ∂x, f of ∂w and g of ∂b, with v0 = mean(V), v1 = mean(V u) and q = mean(V A) − v0 a0 − v1 a1,
+For cotangents V of ∂x, f of ∂w and g of ∂b let P(V) = r (V − v0 − v1 u) with v0 = mean(V), v1 = mean(V u), and
+q = Σ P(V) A over the plane. Then
 
-    ∂A = r w (V − v0 − v1 u) + f u + g,   ∂w = Σ n r q,
-    ∂x = r (D − mean(D) − u (mean(D u) + r w q)),   D = −r w a1 V + (f − r w v1) A,
+    ∂A = w P(V) + f u + g,   ∂w = Σ q,   ∂x = (f − r w v1) P(A) − r w a1 P(V) − r² w q (x − μ) / n.
 
-so that both planes are sums of V, A and x with one factor for each image and channel.
+P(A) and n a1 are what the first derivative finds with a scale of one, and q follows from them: since mean(u²) is
+1 − ε r², q = Σ P(V) P(A) / r + ε r³ n a1 v1.
 """
 
 import functools
@@ -24,8 +25,12 @@ EPSILON = 1e-5  # of torch.nn.GroupNorm
 
 
 def applies(x):
-    """True where the fused step is made for: planes of even size on a CPU, in full precision (float32 or float64)."""
-    return x.device.type == "cpu" and x.element_size() >= 4 and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
+    """True if the fused step is made for x: planes of even size, on a GPU in full precision.
+
+    On a CPU x may be bfloat16; weight, bias and all statistics are float32 then.
+    """
+    device = x.device.type == "cpu" or (x.device.type in ("cuda", "meta") and x.element_size() >= 4)
+    return device and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
 
 
 def norm_relu_pool(x, weight, bias):
@@ -58,7 +63,9 @@ def _window_matrix(height, width, dtype, device):
 
 
 def pool(z):
-    """2x2 average pooling by products, quicker than avg_pool2d on a CPU; larger planes add their rows first."""
+    """2x2 average pooling; on a CPU by products, which are quicker there; larger planes add their rows first."""
+    if z.device.type != "cpu":
+        return F.avg_pool2d(z, 2)
     count, channels, height, width = z.shape
     if height * width <= SMALL:
         pooled = z.reshape(count * channels, -1) @ _window_matrix(height, width, z.dtype, z.device)
@@ -67,8 +74,11 @@ def pool(z):
     return rows @ _column_matrix(width, z.dtype, z.device)
 
 
-def _unpool_masked(p, z):
+def unpool_masked(p, z):
     """The transpose of `pool` where the activations z (N, C, H, W) are positive, zero elsewhere."""
+    if z.device.type != "cpu":
+        spread = torch.ops.aten.avg_pool2d_backward(p, z, [2, 2], [2, 2], [0, 0], False, True, None)
+        return torch.ops.aten.threshold_backward(spread, z, 0)
     count, channels, height, width = z.shape
     if height * width <= SMALL:
         spread = p.reshape(count * channels, -1) @ _window_matrix(height, width, z.dtype, z.device).T
@@ -81,13 +91,8 @@ def _unpool_masked(p, z):
     return gradient
 
 
-def _dot(a, b):
-    """Mean of a * b over each plane, (N, C)."""
-    return (a * b).mean((2, 3))
-
-
 def _planes(scalars):
-    return scalars[:, :, None, None]
+    return scalars[..., None, None]
 
 
 def forward(x, weight, bias):
@@ -102,38 +107,49 @@ def forward(x, weight, bias):
 def backward(gradient, x, weight, z, mean, rstd):
     """Return (A, ∂x, ∂w, ∂b) for the gradient (N, C, H / 2, W / 2) of the output."""
     count, channels, height, width = x.shape
-    a = _unpool_masked(gradient, z)
+    a = unpool_masked(gradient, z)
     return a, *torch.ops.aten.native_group_norm_backward(
         a, x, mean, rstd, weight, count, channels, height * width, channels, [True, True, True]
     )
 
 
-def second(v, f, g, a, x, weight, z, mean, r):
-    """Return the gradients of (output's gradient, x, w) for the cotangents V, f, g of (∂x, ∂w, ∂b)."""
-    pixels = x.shape[2] * x.shape[3]
-    a0, v0 = a.mean((2, 3)), v.mean((2, 3))
-    a1 = r * (_dot(a, x) - mean * a0)
-    v1 = r * (_dot(v, x) - mean * v0)
-    q = _dot(v, a) - v0 * a0 - v1 * a1
-    rw = r * weight
+@functools.lru_cache
+def _ones(count, dtype, device):
+    return torch.ones(count, dtype=dtype, device=device)
 
-    # ∂A as V · rw + x · along_x + rest, then back through ReLU and pooling.
-    along_u = f - rw * v1
-    along_x = along_u * r
-    rest = g - rw * v0 - along_x * mean
-    planes = (v * _planes(rw)).add_(_planes(rest)).addcmul_(x, _planes(along_x))
-    gradient = pool(torch.ops.aten.threshold_backward(planes, z, 0))
 
-    weight_gradient = (pixels * r * q).sum(0)
+def project(v, x, mean, rstd):
+    """Return P(V) (N, C, H, W), and n v1 and n v0 (N, C) of each plane."""
+    # Groups of one channel: with one image of N C channels the sums are those of single planes.
+    (count, channels), pixels = mean.shape, x[0, 0].numel()
+    planes = count * channels
+    projected, *sums = torch.ops.aten.native_group_norm_backward(
+        v.view(1, planes, *v.shape[2:]), x.view(1, planes, *x.shape[2:]), mean.view(1, planes), rstd.view(1, planes),
+        _ones(planes, mean.dtype, mean.device), 1, planes, pixels, planes, [True, True, True],
+    )  # fmt: skip
+    return projected.view(x.shape), *(total.view(mean.shape) for total in sums)
 
-    # ∂x as V · for_v + A · for_a + x · for_x + constant.
-    for_v, for_a = -r * rw * a1, r * along_u
-    mean_d = -rw * (v0 * a1 + v1 * a0) + f * a0
-    mean_du = -2 * rw * v1 * a1 + f * a1
-    for_x = -r * r * (mean_du + rw * q)
-    constant = -r * mean_d - for_x * mean
-    planes = (v * _planes(for_v)).add_(_planes(constant)).addcmul_(a, _planes(for_a)).addcmul_(x, _planes(for_x))
-    return gradient, planes, weight_gradient
+
+def second(v, f, g, a, a1, x, weight, z, mean, r):
+    """Return the gradients of (output's gradient, x, w) for the cotangents V, f, g of (∂x, ∂w, ∂b).
+
+    Args:
+        a, a1: P(A) and n a1, the first two results of `project`.
+        Others as for `forward` and `backward`.
+    """
+    count, channels, height, width = x.shape
+    pixels = height * width
+    v, v1, _ = project(v, x, mean, r)
+    gradient, *_ = torch.ops.aten.native_group_norm(x, f, g, count, channels, pixels, channels, EPSILON)
+    gradient = pool(torch.ops.aten.threshold_backward(gradient.addcmul_(v, _planes(weight).to(v.dtype)), z, 0))
+
+    q = (v * a).sum((2, 3), dtype=r.dtype).div_(r).addcmul_(a1 * v1, r.pow(3), value=EPSILON / pixels)
+    factors = torch.stack([a1, v1, q]) * (r * weight).mul_(-1 / pixels)
+    factors[1].add_(f)
+    factors[2].mul_(r)
+    for_v, for_a, for_x = factors.to(x.dtype)
+    planes = (v * _planes(for_v)).addcmul_(a, _planes(for_a)).addcmul_(x, _planes(for_x))
+    return gradient, planes.sub_(_planes(for_x * mean).to(x.dtype)), q.sum(0)
 
 
 class _Block(torch.autograd.Function):
@@ -159,4 +175,6 @@ class _BlockBackward(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, v, f, g):
-        return *second(v.contiguous(), f, g, *ctx.saved_tensors), None, None, None
+        a, x, weight, z, mean, rstd = ctx.saved_tensors
+        a, a1, _ = project(a, x, mean, rstd)
+        return *second(v.contiguous(), f, g, a, a1, x, weight, z, mean, rstd), None, None, None

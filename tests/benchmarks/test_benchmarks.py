@@ -16,20 +16,35 @@ from pathlib import Path
 import pytest
 
 from benchmarks import harness
+from scripts import reproduce
 from tests.conftest import PROJECT, run_script
 from utils.augment import OPERATIONS
 
 OPTIONS = argparse.Namespace(pairs=2, threads=1, device="cpu")
 GPUS = [(1, 1), (8, 1), (64, 1), (8, 8), (64, 8), (64, 64)]
 TABLES = {
+    "breakdown": [
+        ["experts", "matching", "in-stage evaluation", "transitions", "final evaluation"],
+        ["sweeps", "network updates", "earlier-union training", "in-stage evaluation", "final evaluation"],
+    ],
     "checkpoint": [["every 10 minutes, the default", "every 2 seconds"], [None]],
     "dsa": [list(OPERATIONS)],
     "evaluation": [["2 x ConvNetW32, 4 images, 2 epochs"]],
     "experts": [["ConvNet, 16 images", "ConvNetW32, 16 images"]],
     "idc_sweep": [["10 classes, ConvNet"]],
+    "launches": [
+        [
+            "student step with its adjoint, all graphs kept (ConvNetW32)",
+            "student step with its adjoint, constant memory (ConvNetW32)",
+            "training step (ConvNetW32)",
+            "augmented batch of 4 images",
+            "augmented batch of 2 images",
+            "gradient matching of IDC's sweep, 10 classes (ConvNet)",
+        ]
+    ],
     "loading": [["10 classes of 32 pixels", "200 classes of 64 pixels"]],
     "matching": [
-        ["4 digits, 2 a step, 2 steps, ConvNetW32", "4 digits, 2 a step, 2 steps, ConvNetW32, --bf16"],
+        ["4 digits, 2 a step, 2 steps, ConvNetW32", "4 digits, 2 a step, 2 steps, ConvNetW32, --precision bf16"],
     ],
     "memory": [
         [
@@ -98,10 +113,24 @@ def test_every_benchmark_prints_its_tables(name):
         title = lines.index(f"{table['title']} ({table['machine']})")
         assert len(lines[title:]) >= 2 + len(table["rows"])
         for row in table["rows"]:
-            numbers = {key: value for key, value in row.items() if key != "label"}
+            numbers = {key: value for key, value in row.items() if key not in ("label", "script")}
             assert numbers and all(math.isfinite(value) and value >= 0 for value in numbers.values())
             assert all(value > 0 for key, value in numbers.items() if key.endswith("_s") and key != "sums_s")
             assert row.get("label", "") in lines[title + 2 + table["rows"].index(row)]
+
+
+def test_measured_times_stand_in_the_list_of_rows(tmp_path, monkeypatch):
+    options = argparse.Namespace(scale="full", data_path=None, buffer_path=None, root_log_dir=None)
+    rows = {row: reproduce.steps_of(row, options, {}) for row in ("cifar10-mtt-ipc10", "cifar10-mtt-ipc50")}
+    monkeypatch.setattr(reproduce, "SPEED", tmp_path / "speed.json")
+    assert "time" not in reproduce.table(rows, "full").splitlines()[0]
+    times = {"buffer_mtt.py": 7200.0, "distill_mtt.py": 5400.0, "evaluate_mtt.py": 36.0}
+    known = {"cifar10-mtt-ipc10 full": {"on": "an abacus", "seconds": times}}
+    (tmp_path / "speed.json").write_text(json.dumps(known))
+    head, _, *lines = reproduce.table(rows, "full").splitlines()
+    assert head.endswith("time") and [line.rstrip().endswith(" h") for line in lines[:6]] == [True] * 3 + [False] * 3
+    assert [line.split()[-2] for line in lines[:3]] == ["2", "1.5", "0.01"] and "an abacus" in lines[-1]
+    assert "time" not in reproduce.table(rows, "small").splitlines()[0]
 
 
 def test_the_estimate_of_many_gpus_covers_all_shapes():

@@ -18,9 +18,10 @@ from utils import training
 from utils.augment import DSA
 from utils.data.datasets import ImageDataset
 from utils.gradient_matching import class_sweep
+from utils.memory import Stack
 from utils.options import DSA_STRATEGY
 from utils.stages import evaluation_config
-from utils.trajectory_matching import Step, _Stack, match
+from utils.trajectory_matching import Step, match
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or not scripts/check_gpu.sh")
 GPU = torch.device("cuda")
@@ -54,7 +55,11 @@ def test_compiled_steps_are_exact():
 
 
 def test_parameters_wait_on_the_host():
-    stack, tensors = _Stack(torch.empty(1 << 20, device=GPU)), [torch.rand(1 << 20, device=GPU) for _ in range(5)]
+    stack, like, tensors = (
+        Stack(),
+        torch.empty(1 << 20, device=GPU),
+        [torch.rand(1 << 20, device=GPU) for _ in range(5)],
+    )
     before = torch.cuda.memory_allocated()
     copies = [tensor.cpu() for tensor in tensors]
     for tensor in tensors:
@@ -63,7 +68,7 @@ def test_parameters_wait_on_the_host():
     del tensor
     assert torch.cuda.memory_allocated() <= before - 5 * (4 << 20)
     for copy in reversed(copies):
-        assert torch.equal(stack.pop().cpu(), copy)
+        assert torch.equal(stack.pop(like).cpu(), copy)
 
 
 def test_memory_does_not_grow_with_the_steps():
@@ -96,7 +101,7 @@ def test_bf16_with_batch_statistics():
     student, *problem, _ = case_there(name="ConvNetBN")
     network = student.network.float()
     start, target, lr, images = (tensor.float() for tensor in problem[:4])
-    loss, *gradients = match(ReparamModule(network, bf16=True), start, target, lr, images, *problem[4:])
+    loss, *gradients = match(ReparamModule(network, precision="bf16"), start, target, lr, images, *problem[4:])
     assert all(bool(value.isfinite().all()) for value in (loss, *gradients))
 
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import networks
+from networks.kernels import explicit
 from networks.reparam import ReparamModule, flatten
 from tests.support.matching import ExpertsInMemory
 from utils import augment, training
@@ -51,12 +52,11 @@ def test_waits_and_mixed_devices_are_found():
         torch.zeros(3, 3, device=META) @ torch.zeros(3, 3)
 
 
-@pytest.mark.parametrize("compiled", [False, True])  # which step a compiler gets; it compiles nothing here
+@pytest.mark.parametrize("model", ["ConvNetW32", "ConvNetBN"])  # written out, and by autograd
 @pytest.mark.parametrize("retained_graphs,slice_size,size", [(0, None, 32), (6, None, 8), (2, 3, 32)])
-def test_a_matching_iteration(compiled, retained_graphs, slice_size, size):
-    network = networks.get_network("ConvNetW32", 3, 10, size).to(META)
+def test_a_matching_iteration(model, retained_graphs, slice_size, size):
+    network = networks.get_network(model, 3, 10, size).to(META)
     student = ReparamModule(network)
-    student.compiled = compiled
     images, labels = torch.zeros(9, 3, size, size, device=META), torch.zeros(9, dtype=torch.int64, device=META)
     start, lr = flatten(network.parameters()), torch.zeros((), device=META)
     dsa, rng = DSA(DSA_STRATEGY), np.random.default_rng(0)
@@ -66,7 +66,7 @@ def test_a_matching_iteration(compiled, retained_graphs, slice_size, size):
         Step(torch.from_numpy(rng.permutation(9)[:5]).to(META), lambda x, draw=draw: dsa.apply(x, draw))
         for draw in draws
     ]
-    assert student.written_out(images) == compiled
+    assert explicit.applies(network, images) == (model == "ConvNetW32")
     found = match(student, start, start + 1, lr, images, labels, steps, 4, retained_graphs, slice_size)
     assert [tensor.device for tensor in found] == [META] * 3 and found[1].shape == images[4:].shape
 

@@ -94,6 +94,7 @@ def test_memory_is_computed_when_it_is_asked_for(monkeypatch):
         raise AssertionError("memory was computed")
 
     monkeypatch.setattr(matching, "saved_bytes", refuse)
+    monkeypatch.setattr(sizes, "saved_bytes", refuse)
     config = config_of("distill_mtt.py", *STAGES)
     found = [sizes.mtt_distillation(config, DIGITS, 1437, 3), sizes.idc_distillation(
         config_of("distill_idc.py", *IDC), CIFAR10, 50_000)]  # fmt: skip
@@ -120,12 +121,11 @@ def test_memory_holds_whitened_images_as_floats():
 
 
 def test_memory_of_a_graph_is_what_the_matching_counts():
-    """On the device meta as with values, if the blocks are not fused."""
+    """On the device meta as with values."""
     found = []
     for device in ("meta", "cpu"):
         network = sizes._network({}, CIFAR10, "ConvNetW32").to_empty(device=device)
         student = ReparamModule(network)
-        network.fuses = False
         with torch.device(device):
             step = matching.Step(torch.arange(20), lambda images: images)
             images, labels = torch.zeros(20, 3, 32, 32), torch.zeros(20, dtype=torch.int64)

@@ -131,6 +131,27 @@ def test_training_is_sgd_with_momentum_weight_decay_and_milestones():
     assert [float(loss) for loss in losses] == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("model", ["ConvNetW32", "ConvNetBN", "ResNet10"])
+def test_bfloat16_trains_to_nearly_the_same(model):
+    """Parameters stay in float32, and the same steps give the same bits."""
+    found = []
+    for precision in ("fp32", "bf16", "bf16"):
+        torch.manual_seed(0)
+        network, rng = networks.get_network(model, 1, 10, 16), np.random.default_rng(0)
+        images = ImageDataset(
+            torch.from_numpy(rng.normal(size=(30, 1, 16, 16)).astype(np.float32)), torch.arange(30) % 10
+        )
+        config, losses = training.TrainConfig(6, 0.02, 0.9, batch_size=10, precision=precision), []
+        training.train(
+            network, images, config, 0, ("x",), after_epoch=lambda _, x, losses=losses: losses.append(float(x))
+        )
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in network.parameters())
+        found.append((losses, [p.detach().clone() for p in network.parameters()]))
+    exact, half, again = found
+    assert half[0] != exact[0] and half[0] == pytest.approx(exact[0], rel=0.1) and exact[0][-1] < exact[0][0]
+    assert half[0] == again[0] and all(torch.equal(p, q) for p, q in zip(half[1], again[1], strict=True))
+
+
 def test_masked_weights_are_zero_from_the_start_and_stay_zero():
     dataset, (network, *_), config = setting(1)
     masks = training.random_masks(network, 0.7, np.random.default_rng(0))

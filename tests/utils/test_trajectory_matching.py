@@ -1,8 +1,6 @@
 import dataclasses
 import errno
 import json
-import resource
-import signal
 
 import numpy as np
 import pytest
@@ -15,13 +13,13 @@ from tests.conftest import PROJECT
 from tests.support.matching import case, relative, union_and_experts
 from tests.support.recipe import fill_parameters, wave_images
 from utils.augment import DSA
+from utils.memory import Stack
 from utils.run.errors import UserError
 from utils.synthetic import SyntheticSet
 from utils.trajectory_matching import (
     Step,
     TrajectoryMatchConfig,
     TrajectoryMatcher,
-    _Stack,
     check_finite,
     choose_retained_graphs,
     graph_bytes,
@@ -134,55 +132,21 @@ def test_values_that_are_not_finite_are_named():
         check_finite(8, good, SyntheticSet(images + np.inf, labels, good))
 
 
-def test_parameters_wait_in_a_file(monkeypatch):
+@pytest.mark.parametrize("room", [0, 2, 7])
+def test_parameters_wait_in_a_file_or_in_memory_if_the_disk_is_full(monkeypatch, room):
     student, start, target, lr, images, labels, steps, expected = case()
-    written = []
-    real = _Stack._write
+    written, real = [], Stack._write
 
     def write(stack, tensor):
+        if len(stack.memory) >= room:
+            raise OSError(errno.ENOSPC, "No space left on device")
         real(stack, tensor)
         written.append(stack.file.tell())
 
-    monkeypatch.setattr(_Stack, "_write", write)
-    found = match(student, start, target, lr, images, labels, steps, retained_graphs=2)
-    assert written and written == [start.nbytes * (number + 1) for number in range(len(steps) - 2)]
-    for value, truth in zip(found, expected, strict=True):
-        assert relative(value, truth) < 1e-10
-
-
-@pytest.mark.parametrize("room", [0, 2])
-def test_parameters_stay_in_memory_if_the_disk_is_full(monkeypatch, room):
-    student, start, target, lr, images, labels, steps, expected = case()
-    real = _Stack._write
-
-    def write(stack, tensor):
-        if stack.count >= room:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(stack, tensor)
-
-    monkeypatch.setattr(_Stack, "_write", write)
+    monkeypatch.setattr(Stack, "_write", write)
     for value, truth in zip(match(student, start, target, lr, images, labels, steps), expected, strict=True):
         assert relative(value, truth) < 1e-10
-
-
-def test_a_write_that_the_disk_takes_in_part_is_not_trusted(tmp_path, monkeypatch):
-    """A file-size limit lets the last write end half-way, which raises nothing by itself."""
-    start = torch.arange(6.0)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    stack = _Stack(start)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (start.nbytes * 5 // 2, hard))
-        for number in range(5):
-            stack.push(start + number)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
-        signal.signal(signal.SIGXFSZ, handler)
-    assert sorted(stack.memory) == [2, 3, 4]
-    for number in reversed(range(5)):
-        assert torch.equal(stack.pop(), start + number)
-    assert not list(tmp_path.iterdir())
+    assert written == [start.nbytes * (number + 1) for number in range(room)]
 
 
 @pytest.mark.parametrize("name", ["ConvNetW32", "ConvNetBN"])
@@ -194,7 +158,8 @@ def test_bfloat16_is_near_but_not_the_same(name):
     images, labels, lr = torch.randn(8, 3, 16, 16), torch.arange(8) % 4, torch.tensor(0.03)
     steps = [Step(torch.arange(8), plain)] * 4
     exact, half = (
-        match(ReparamModule(network, bf16=bf16), start, target, lr, images, labels, steps) for bf16 in (False, True)
+        match(ReparamModule(network, precision=precision), start, target, lr, images, labels, steps)
+        for precision in ("fp32", "bf16")
     )
     for value, truth in zip(half, exact, strict=True):
         assert value.dtype == torch.float32
@@ -343,7 +308,7 @@ def test_windows_of_canvases_are_the_same_on_both_ways_through():
     theta = start.clone().requires_grad_()
     for step in steps:
         x = step.augment(images[step.index])
-        value = torch.nn.functional.cross_entropy(student(theta, x), step.labels(canvases.labels, len(x)))
+        value = torch.nn.functional.cross_entropy(student(theta, x), canvases.labels[step.rows(len(x))])
         theta = theta - canvases.syn_lr * torch.autograd.grad(value, theta, create_graph=True)[0]
     truth = (theta - target).square().sum() / (start - target).square().sum()
     assert relative(loss, truth.detach()) < 1e-10

@@ -9,6 +9,7 @@ import math
 import sys
 
 import networks
+from networks.precision import PRECISIONS
 
 from ..augment import OPERATIONS
 from ..run import distributed
@@ -32,7 +33,7 @@ RESUMABLE_CHANGES = (
 # Raised when a change of the code gives a run of the same options another result; a run is not continued across it.
 BEHAVIOUR = 2
 # Of options that folders of earlier versions do not name.
-CONFIG_DEFAULTS = {"select_on": "test", "bf16": False, "drop_easy": 0.0}
+CONFIG_DEFAULTS = {"select_on": "test", "bf16": False, "precision": "fp32", "drop_easy": 0.0}
 
 
 class Parser(argparse.ArgumentParser):
@@ -166,9 +167,11 @@ def strategy(text):
 
 MACHINE = [
     ("--device", str, "auto", "auto (cuda, then mps, then cpu) or a device name"),
+    ("--precision", PRECISIONS, "fp32", "bf16: convolutions and the tensors between layers in bfloat16, quicker if the "
+     "device has units for it and no longer exact"),
     ("--checkpoint_minutes", RATE, 10.0, "minutes between two saves of a learning loop's state"),
     ("--dry_run", FLAG, False, "print options, inputs, outputs and sizes, then stop"),
-]
+]  # fmt: skip
 SEED = [("--seed", NATURAL, 0, "seed of every random decision")]
 WANDB = [("--wandb", ("disabled", "online", "offline"), "disabled", "log to Weights & Biases")]
 

@@ -96,5 +96,6 @@ def match_config(args):
         batch_real=args.batch_real,
         metric=args.metric,
         cf_alpha=args.cf_alpha,
+        precision=args.precision,
         calibration=args.calibration,
     )

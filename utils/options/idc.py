@@ -361,6 +361,7 @@ def match_config(args):
         bias=args.bias,
         fc=args.fc,
         f_idx=feature_range(args.f_idx),
+        precision=args.precision,
     )
 
 
@@ -391,6 +392,7 @@ def train_config(args, epochs, real_images=False, lr_factor=1.0):
         milestones,
         cutmix=cutmix,
         imagenet=None if args.dsa or real_images else "crop" if args.rrc else "no_crop",
+        precision=args.precision,
     )
 
 

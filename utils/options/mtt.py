@@ -136,7 +136,7 @@ _MATCHING = [
      "more is another setting that sees as many times the experts"),
     ("--slice_size", COUNT, None, "images of a minibatch held at once (default: all)"),
     ("--compile", FLAG, False, "torch.compile for a ConvNet student's steps; meant for GPUs"),
-    ("--bf16", FLAG, False, "the student's convolutions and products in bfloat16: no longer exact; meant for GPUs"),
+    ("--bf16", FLAG, False, argparse.SUPPRESS),  # --precision bf16, as earlier versions spelled it
 ]  # fmt: skip
 # From the methods that followed MTT; off by default.
 _SUCCESSORS = [
@@ -233,4 +233,4 @@ def match_config(args, real, dsa, stage=1):
 def union_config(args, real, epochs, lr, dsa):
     """Return how networks are trained on a union for `epochs` epochs with learning rate `lr`."""
     window = real.info.im_size if args.texture else None
-    return evaluation_config(epochs, lr, args.batch_train, dsa, window, args.canvas_samples)
+    return evaluation_config(epochs, lr, args.batch_train, dsa, window, args.canvas_samples, args.precision)

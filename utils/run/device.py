@@ -3,6 +3,7 @@
 import ctypes
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from . import distributed
 from .errors import UserError
 
 
-def setup_device(name):
+def setup_device(name, precision="fp32"):
     """Return the torch.device called `name`; `auto` takes cuda, then mps, then cpu.
+
+    A note says if bfloat16 (`precision` bf16) will not be quicker there.
 
     Under torchrun `cuda` is a GPU for each rank of a machine.
 
@@ -40,7 +43,19 @@ def setup_device(name):
         torch.backends.cuda.matmul.allow_tf32 = False
     if device.type == "cpu":
         _keep_freed_memory()
+        if precision == "bf16" and not _has_bfloat16_units() and distributed.is_rank0():
+            note = "note: --precision bf16: this processor has no bfloat16 units, so it will not be quicker"
+            print(note, file=sys.stderr, flush=True)
     return device
+
+
+def _has_bfloat16_units():
+    """Return whether the processor multiplies bfloat16 numbers itself, True if that is not known."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return True
+    return bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
 
 
 def _keep_freed_memory():

@@ -66,6 +66,11 @@ def save(path, value):
         file.write(buffer.getbuffer())
 
 
+def can_map(path):
+    """Return whether tensors can be mapped from `path`: no file of PyTorch 1.5 or earlier, with a name that is text."""
+    return zipfile.is_zipfile(path) and str(path).isprintable()
+
+
 def load(path, what="a file written by torch.save", mmap=False):
     """Load tensors, numbers, strings, lists and dicts from `path` onto the CPU, running no code of the file.
 
@@ -81,8 +86,7 @@ def load(path, what="a file written by torch.save", mmap=False):
     if not path.is_file():
         raise UserError(f"{path}: expected {what}, found {'a folder' if path.is_dir() else 'no file'}")
     try:
-        mmap = mmap and zipfile.is_zipfile(path) and str(path).isprintable()  # PyTorch maps no names that are no text
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and can_map(path))
     except Exception as error:  # a damaged archive surfaces as whatever the parser stumbled over
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a cut-off archive leads to
             raise UserError(f"{path}: expected {what}, but it cannot be read ({error.strerror}); check it") from None

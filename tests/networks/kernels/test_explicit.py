@@ -71,6 +71,26 @@ def test_probabilities_in_place_of_labels_have_derivatives():
         assert all(torch.equal(a, b) for a, b in zip(one_hot, classes, strict=True))
 
 
+@pytest.mark.parametrize("size,channel", [(8, 1), (32, 3)])
+def test_bfloat16_maps_give_nearly_the_same_in_float32(size, channel):
+    torch.manual_seed(0)
+    parameters = [p.detach() for p in ConvNet(channel, 5, size, width=16, depth=2).parameters()]
+    x, labels, vectors = (
+        torch.randn(6, channel, size, size),
+        torch.randint(5, (6,)),
+        [torch.randn_like(p) for p in parameters],
+    )
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        gradients, saved = explicit.gradient(parameters, x.to(dtype), labels, 6)
+        products, images = explicit.vjp(parameters, saved, vectors, 6)
+        assert images.dtype == dtype and all(g.dtype == torch.float32 for g in [*gradients[2::4], *products[2::4]])
+        found.append([torch.cat([t.float().flatten() for t in ts]) for ts in (gradients, products, [images])])
+    for exact, half in zip(*found, strict=True):
+        assert 0.98 < float(torch.cosine_similarity(exact, half, 0)) < 1
+        assert float(half.norm()) == pytest.approx(float(exact.norm()), rel=0.1)
+
+
 @pytest.mark.parametrize(
     "name,channel,size,wanted",
     [
@@ -86,8 +106,8 @@ def test_probabilities_in_place_of_labels_have_derivatives():
 )
 def test_other_networks_are_left_to_autograd(name, channel, size, wanted):
     network = networks.get_network(name, channel, 10, size)
-    assert explicit.applies(network, torch.zeros(1, channel, size, size)) == wanted
-    assert not explicit.applies(network, torch.zeros(1, channel, size, size, device="meta"))
+    for device in ("cpu", "meta"):
+        assert explicit.applies(network, torch.zeros(1, channel, size, size, device=device)) == wanted
 
 
 def test_without_a_working_compiler_one_note_is_printed(monkeypatch):
