@@ -149,19 +149,23 @@ def eval_model(name, args, real, unions):
         title = spec = name
     epochs = max(1, args.epochs // args.factor**2) if args.same_compute else args.epochs
 
-    def config(index):
-        slow = index >= SLOW_FROM and len(unions) > SLOW_FROM + 1
-        return idc.train_config(args, epochs, lr_factor=0.5 if slow else 1.0)
+    def configs(epochs):
+        slow = [index >= SLOW_FROM and len(unions) > SLOW_FROM + 1 for index in range(len(unions))]
+        return [idc.train_config(args, epochs, lr_factor=0.5 if late else 1.0) for late in slow]
 
     def save(k, network):
         files.save(result_folder(args) / f"evaluated_{title}_{k}.pt", training.state_on_cpu(network))
 
-    configs = [config(index) for index in range(len(unions))]
     return EvalModel(
         name=title,
         network=lambda k: training.new_network(spec, real, args.seed, "evaluated", title, k),
         count=args.repeat,
-        configs={"distilled": configs, "random": configs, "full": [idc.train_config(args, args.full_epochs)]},
+        configs={
+            "distilled": configs(epochs),
+            "random": configs(epochs),
+            "full": [idc.train_config(args, args.full_epochs)],
+            **{f"{other} epochs": configs(other) for other in args.eval_epochs or ()},
+        },
         save=save if args.save_ckpt else None,
     )
 

@@ -8,6 +8,10 @@
 Prints a table and writes report.json and accuracy.png into the experiment's folder. Beside each network stand two
 reference rows: the same network trained on as many random real images, and on the full training set. Sets with soft
 labels have two more: their images with hard labels, and the random real images with an expert's soft labels.
+
+Networks of the distillation's architecture start as the experts that were matched, as published; so they are also
+evaluated from random initialisations (fresh start, the headline), and on the last union alone, for as many epochs as
+all stages take.
 """
 
 import utils.run.quiet_imports  # noqa: F401 - before anything slow
@@ -47,6 +51,7 @@ EVALUATION = [
     ("--dsa_strategy", options.strategy, options.DSA_STRATEGY, "augmentation; none for none"),
     ("--buffer_path", str, "buffers", "experts whose first parameters the networks start from"),
     ("--stage_lr", mtt.factors, None, "factors on syn_lr of each stage, joined by commas (SeqMatch; default: 1)"),
+    ("--skip_fresh", FLAG, False, "no rows for fresh starts beside matched ones, and for the last union alone"),
     ("--mom", RATE, 0.0, UNUSED),
     ("--l2", RATE, 0.0, UNUSED),
     ("--save_interval", COUNT, 10, UNUSED),
@@ -158,8 +163,11 @@ def eval_model(name, args, real, unions, starts, experiment):
     """Return the `EvalModel` of one architecture."""
     dsa, own = DSA(args.dsa_strategy), name == args.model
 
+    def fresh(k):
+        return training.new_network(name, real, args.seed, "start", name, k)
+
     def network(k):
-        network = training.new_network(name, real, args.seed, "start", name, k)
+        network = fresh(k)
         if own and starts and k < len(starts):
             set_flat(network, starts.parameters(k, 0))
         return network
@@ -167,24 +175,31 @@ def eval_model(name, args, real, unions, starts, experiment):
     def save(k, network):
         files.save(experiment / f"{args.save_model_prefix}_{name}_{k}.pt", training.snapshot(network))
 
-    def union_config(index):
-        lr = unions[index].syn_lr * (args.stage_lr[index] if args.stage_lr else 1)
-        return mtt.union_config(args, real, args.epoch_eval_train, lr, dsa)
+    def union_configs(epochs):
+        factors = args.stage_lr or [1] * len(unions)
+        lrs = [union.syn_lr * factor for union, factor in zip(unions, factors, strict=True)]
+        return [mtt.union_config(args, real, epochs, lr, dsa) for lr in lrs]
 
-    real_config = evaluation_config(
-        args.epoch_eval_train, args.lr_teacher, args.batch_train, dsa, precision=args.precision
-    )
-    full_config = dataclasses.replace(real_config, epochs=args.full_epochs)
+    def real_config(epochs):
+        return evaluation_config(epochs, args.lr_teacher, args.batch_train, dsa, precision=args.precision)
+
+    configs = {
+        "distilled": union_configs(args.epoch_eval_train),
+        "random": [real_config(args.epoch_eval_train)] * len(unions),
+        "full": [dataclasses.replace(real_config(args.full_epochs), epochs=args.full_epochs)],
+    }
+    if own and starts and not args.skip_fresh:
+        configs["fresh"] = configs["distilled"]
+    if own and len(unions) > 1 and not args.skip_fresh:
+        together = sum(config.epochs for config in configs["distilled"])
+        configs["last union"] = union_configs(together - 1)[-1:]  # one epoch more is run
     return EvalModel(
         name=name,
         network=network,
         count=args.num_experts if own else args.num_eval,
-        configs={
-            "distilled": [union_config(index) for index in range(len(unions))],
-            "random": [real_config] * len(unions),
-            "full": [full_config],
-        },
+        configs=configs | {f"{epochs} epochs": union_configs(epochs) for epochs in args.eval_epochs or ()},
         save=save if args.save_model else None,
+        fresh=fresh,
     )
 
 

@@ -53,6 +53,7 @@ def parse(words):
     parser.add_argument("--data_path", help="folder of the data set, instead of the scripts' default")
     parser.add_argument("--out", default="studies", help="folder of experts, results and tables")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, then stop")
+    parser.set_defaults(preset=None)  # of reproduce.py
     return parser.parse_args(words)
 
 

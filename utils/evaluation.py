@@ -15,8 +15,17 @@ from .run.errors import UserError
 from .run.log import Progress, print0
 from .stages import random_unions, staged_accuracies
 
-# What networks are trained on: key of the report. hard and random_soft stand beside unions with soft labels only.
-ROWS = {"distilled": "stages", "hard": "hard", "random": "random", "random_soft": "random_soft", "full": "full"}
+# What networks are trained on, or in which way: key of the report. Other lengths ("300 epochs") come besides. hard and
+# random_soft stand beside unions with soft labels only, fresh beside starts that are not random.
+ROWS = {
+    "distilled": "stages",
+    "fresh": "fresh",
+    "last union": "last_union",
+    "hard": "hard",
+    "random": "random",
+    "random_soft": "random_soft",
+    "full": "full",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +35,12 @@ class EvalModel:
     Attributes:
         name: of the architecture.
         network: function of k returning network k at its start.
-        count: networks trained on distilled images, and as many on random real ones.
-        configs: {"distilled" | "random": list of the `TrainConfig` for each union; "full": a list of one}.
+        count: networks of each row but the full training set's.
+        configs: {"distilled", "random" and perhaps "fresh" and "N epochs": list of the `TrainConfig` for each union;
+            "full" and perhaps "last union": a list of one}.
         save: called with (k, network) after the last distilled union; None to save nothing.
+        fresh: function of k returning network k from a random initialisation, for fresh, last union and "N epochs";
+            None if `network` does so already.
     """
 
     name: str
@@ -36,6 +48,7 @@ class EvalModel:
     count: int
     configs: dict
     save: Callable | None = None
+    fresh: Callable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +91,19 @@ class Evaluation:
 
 
 def train_and_test(shared, model, kind, k):
-    """Train network k for one of `ROWS`; returns a list of stages, each the list of its accuracies in percent."""
+    """Train network k for one row; returns a list of stages, each the list of its accuracies in percent."""
     origin = {"hard": "distilled", "random_soft": "random"}.get(kind, kind)
-    network, configs, keys = model.network(k), model.configs[origin], (origin, model.name, k)
+    published = origin in ("distilled", "random", "full")
+    network = model.network(k) if published or not model.fresh else model.fresh(k)
+    # Fresh starts and other lengths draw as the published row does: the start alone differs, or the length.
+    stream = origin if published or kind == "last union" else "distilled"
+    configs, keys = model.configs[origin], (stream, model.name, k)
     if kind == "full":
         with contextlib.closing(Progress(configs[0].epochs, f"{model.name}, full training set, epoch")) as progress:
             after = lambda _epoch, loss: progress.update(loss=loss)  # noqa: E731
             training.train(network, shared.real.train, configs[0], shared.seed, keys, after_epoch=after)
         return [[training.accuracy(network, shared.real.test)]]
-    unions = shared.hard_unions if kind == "hard" else shared.unions
+    unions = {"hard": shared.hard_unions, "last union": shared.unions[-1:]}.get(kind, shared.unions)
     if origin == "random":
         unions = random_unions(shared.real, shared.ipc_totals, shared.seed, (k,))
     if kind == "random_soft":
@@ -100,7 +117,7 @@ def train_and_test(shared, model, kind, k):
 
 
 def evaluate(shared, model, earlier):
-    """Return the report of one architecture: {one of the values of `ROWS`: accuracies in percent}.
+    """Return the report of one architecture: values of `ROWS`, and perhaps "lengths", a list of rows with "epochs".
 
     The rows hard and random_soft are there for unions with soft labels only: what the same networks learn from the same
     images, or from random real ones, with the other kind of labels.
@@ -111,14 +128,16 @@ def evaluate(shared, model, earlier):
         earlier: its report by an earlier evaluation, {} without one. Rows of it that this one leaves out, or that are
             of as many networks, are kept.
     """
-    found = {}
-    counts = {"distilled": model.count, "random": model.count * shared.random, "full": shared.full_networks}
+    found, lengths = {}, {f"{row['epochs']} epochs": row for row in earlier.get("lengths", ())}
+    counts = dict.fromkeys(model.configs, model.count)
+    counts |= {"random": model.count * shared.random, "full": shared.full_networks}
     if shared.hard_unions:
         counts |= {"hard": model.count, "random_soft": counts["random"] if shared.soften else 0}
-    for kind, row in ROWS.items():
-        if kind not in counts:
+    for kind in dict.fromkeys([*ROWS, *counts, *lengths]):
+        row = ROWS.get(kind, kind)
+        known, tasks = (earlier | lengths).get(row), list(range(counts.get(kind, 0)))
+        if kind not in counts and not known:
             continue
-        known, tasks = earlier.get(row), list(range(counts[kind]))
         saves = kind == "distilled" and model.save
         if not tasks or (known and report.network_count(known) == len(tasks) and not saves):
             found[row] = known
@@ -132,8 +151,11 @@ def evaluate(shared, model, earlier):
 
             key = [kind, model.name, shared.key]
             runs = finish_each(shared.folder, f"{kind}-{model.name}", key, tasks, work)
-        stages = report.stage_rows(shared.ipc_totals, runs) if kind == "distilled" else None
-        found[row] = stages or report.summary([run[-1] for run in runs])
+        staged = kind in ("distilled", "fresh")
+        found[row] = report.stage_rows(shared.ipc_totals, runs) if staged else report.summary([run[-1] for run in runs])
+    others = sorted((int(kind.split()[0]), kind) for kind in found if kind not in ROWS.values())
+    if others:
+        found["lengths"] = [{**found.pop(kind), "epochs": epochs} for epochs, kind in others]
     return found
 
 
@@ -172,11 +194,11 @@ def evaluate_and_report(shared, models, own, **about):
         "fingerprint": shared.real.info.fingerprint,
         "images": shared.key["images"],
     }
-    content |= {**merged[first], "models": merged, "config": config}
+    content |= {**merged[first], "headline": report.headline(merged[first]), "models": merged, "config": config}
     if distributed.is_rank0():
         files.write_json(path, content)
         figure = figures.draw_accuracy(path.with_name("accuracy.png"), content)
         print0(f"{report.table(content)}\nreport: {path}\nfigure: {figure}" + "\ndone already" * done)
-    for name in results:
-        for kind in ROWS:
-            forget_finished(shared.folder, f"{kind}-{name}")
+    for model in models:
+        for kind in {*ROWS, *model.configs}:
+            forget_finished(shared.folder, f"{kind}-{model.name}")

@@ -82,6 +82,53 @@ def test_each_network_starts_from_its_own_expert_and_carries_momentum(evaluated,
     assert found["stages"][2]["accuracy_mean"] == pytest.approx(sum(final) / 2)
 
 
+def test_fresh_starts_are_those_without_experts_and_the_headline(evaluated, evaluate, distilled):
+    printed, found = evaluated
+    assert "stage 1-3, fresh start" in printed and "last union alone, fresh start" in printed
+    last, random, full = found["fresh"][-1], found["random"], found["full"]
+    assert found["headline"] == {"row": "fresh", **last,
+                                 "over_random": last["accuracy_mean"] - random["accuracy_mean"],
+                                 "share_of_full": 100 * last["accuracy_mean"] / full["accuracy_mean"]}  # fmt: skip
+    assert f"{last['accuracy_mean'] - random['accuracy_mean']:+.2f}" in printed
+    status, message = evaluate("--buffer_path", distilled, "--eval_epochs", "6,2", "--skip_full")
+    assert status == 0 and "random initialisations" in message
+    without = json.loads((distilled / "report.json").read_text())
+    assert without["stages"] == found["fresh"] and "fresh" not in without
+    assert without["headline"]["row"] == "stages" and without["headline"]["share_of_full"] is None
+    assert without["last_union"] == found["last_union"]
+    assert [row["epochs"] for row in without["lengths"]] == [2, 6]
+    same = {key: value for key, value in without["lengths"][1].items() if key != "epochs"}
+    assert same.items() <= found["fresh"][-1].items() and without["lengths"][0] != without["lengths"][1]
+
+
+def test_the_last_union_at_once_takes_the_epochs_of_all_stages(evaluated, distilled):
+    _, found = evaluated
+    real = datasets.load("Digits", "", torch.device("cpu"))
+    dsa, (folder,) = DSA("color_crop_cutout_flip_scale_rotate"), distilled.glob("interval3_*")
+    images, labels, lr = (torch.load(folder / f"{part}_best.pt", weights_only=True)
+                          for part in ("images", "labels", "syn_lr"))  # fmt: skip
+    final = []
+    for k in range(2):
+        network = training.new_network("ConvNetW32", real, 0, "start", "ConvNetW32", k)
+        optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
+        for epoch in range(3 * 7):
+            optimizer.param_groups[0]["lr"] = float(lr) * (0.1 if epoch > 20 // 2 + 1 else 1)
+            rng = stream(0, "last union", "ConvNetW32", k, 0, epoch)
+            order = torch.from_numpy(rng.permutation(len(labels)))
+            x = dsa.apply(images[order], dsa.draw(len(order), rng))
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(network(x), labels[order]).backward()
+            optimizer.step()
+        final.append(training.accuracy(network, real.test))
+    assert found["last_union"]["accuracy_mean"] == pytest.approx(sum(final) / 2)
+
+
+@pytest.mark.parametrize("words", [["--eval_epochs", "0"], ["--eval_epochs", "10,x"]])
+def test_wrong_lengths_are_one_line(words, evaluate):
+    status, message = evaluate(*words)
+    assert status == 2 and "--eval_epochs: expected a whole number >= 1" in message
+
+
 @pytest.mark.parametrize("mode", ["A", "P", "C"])
 def test_pools_of_networks(mode, evaluate, distilled):
     short = ["--num_eval", 1, "--epoch_eval_train", 1, "--override_load_path", EXPERIMENT]
@@ -109,8 +156,11 @@ def test_an_evaluation_with_other_networks_completes_the_report(evaluate, distil
     assert second["models"]["ConvNetAS"] == first["models"]["ConvNetAS"]
     rows = [(row["network"], row["kind"], row["networks"]) for row in table_rows(second)]
     expected = [("ConvNetW32", 2), ("ConvNetAS", 1), ("ConvNetNP", 1)]  # as many on random real images
+    fresh = ["fresh"] * 3 + ["last_union"]
     assert rows == [
-        (name, kind, count) for name, count in expected for kind in ["stages"] * 3 + ["random"] * (name != "ConvNetAS")
+        (name, kind, count)
+        for name, count in expected
+        for kind in ["stages"] * 3 + fresh * (name == "ConvNetW32") + ["random"] * (name != "ConvNetAS")
     ]
     assert evaluate(*short, "--skip_random", "--eval_models", "self")[0] == 0
     own = report()["models"]["ConvNetW32"]
@@ -347,7 +397,8 @@ def test_soft_labels_stand_beside_hard_ones_and_softened_random_images(buffers, 
     assert mean["hard"] == found["hard"]["stages"][-1]["accuracy_mean"] != found["soft"]["stages"][-1]["accuracy_mean"]
     rows = table_rows({"models": {"ConvNetW32": found["soft"]}, "config": {}})
     assert [row["trained_on"] for row in rows] == [
-        "stage 1-1", "stage 1-2", "the same, hard labels", "random real", "random real, soft labels",
+        "stage 1-1", "stage 1-2", "the same, hard labels", "stage 1-1, fresh start", "stage 1-2, fresh start",
+        "last union alone, fresh start", "random real", "random real, soft labels",
     ]  # fmt: skip
 
     real, accuracies = datasets.load("Digits", "", torch.device("cpu")), []
@@ -375,7 +426,7 @@ def test_every_stage_can_have_its_own_factor_on_the_learning_rate(evaluate, dist
         return union_config(args, real, epochs, lr, dsa)
 
     monkeypatch.setattr(evaluate_mtt.mtt, "union_config", note)
-    assert evaluate("--stage_lr", "1,0.5,2", "--num_experts", 1, *ALONE)[0] == 0
+    assert evaluate("--stage_lr", "1,0.5,2", "--num_experts", 1, *ALONE, "--skip_fresh")[0] == 0
     learned = [
         float(torch.load(path / "syn_lr_best.pt", weights_only=True)) for path in sorted(distilled.glob("interval*"))
     ]

@@ -154,8 +154,10 @@ def test_evaluation_reports_every_mode(distilled, run):
 
     found = report("--eval_models", "self,resnet10,densenet", "--epochs", 1, *alone)
     assert list(found["models"]) == ["conv2in_w0.25", "resnet10", "densenet"]
-    found = report("--repeat", 2)
+    found = report("--repeat", 2, "--eval_epochs", "2,1")
     assert list(found["models"]) == ["conv2in_w0.25"]
+    assert [row["epochs"] for row in found["lengths"]] == [1, 2]
+    assert found["lengths"][1]["accuracy_mean"] == found["stages"][-1]["accuracy_mean"]
     assert [s["ipc_total"] for s in found["stages"]] == [2, 4, 6] and found["random"] and found["full"]
     for extra, totals in ((["--new_only"], [2, 2, 2]), (["--last_only"], [6]), (["--same_compute", "True"], [2, 4, 6]),
                           (["--slct_type", "random"], [2, 4, 6])):  # fmt: skip

@@ -104,7 +104,7 @@ def test_the_table_is_that_of_the_reports(studied, cifar_tree):
     assert row["setting"] == "MTT, 1 × 4, Iteration 4, 2 experts"
     folders = [next((out / f"seed{seed}" / "results" / "CIFAR10").iterdir()) for seed in (0, 1)]
     reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
-    assert row["accuracies"] == [found["stages"][-1]["accuracy_mean"] for found in reports]
+    assert row["accuracies"] == [found["headline"]["accuracy_mean"] for found in reports]
     assert [found["config"]["seed"] for found in reports] == [0, 1]
     spent = [hours.read(folder) for folder in folders]
     assert all(set(found) == {"buffer_mtt.py", "distill_mtt.py", "evaluate_mtt.py"} for found in spent)

@@ -156,6 +156,11 @@ def network_list(text):
     return list(dict.fromkeys(network_name(name, known) for name in text.split(",")))
 
 
+def lengths(text):
+    """Parse numbers of epochs joined by commas; returns a list of int."""
+    return sorted({COUNT(word) for word in text.split(",")})
+
+
 def strategy(text):
     """Parse a DSA strategy: names joined by underscores, or none."""
     if text.lower() == "none" or all(name in OPERATIONS for name in text.lower().split("_")):
@@ -209,6 +214,7 @@ EVALUATION = [
     ),
     ("--skip_random", FLAG, False, "no row for random real images"),
     ("--skip_full", FLAG, False, "no row for the full training set"),
+    ("--eval_epochs", lengths, None, "other numbers of epochs on every union to evaluate with, joined by commas"),
     ("--full_epochs", COUNT, 50, "epochs on the full training set"),
     ("--full_networks", COUNT, 1, "networks trained on the full training set"),
 ]

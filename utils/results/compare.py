@@ -18,6 +18,7 @@ from .report import GRID_COLUMNS, table_rows
 
 REPORT = "report.json"
 WHAT = "the report of evaluate_mtt.py or evaluate_idc.py"
+REAL = ("random", "random_soft", "full")  # kinds of rows that no method made
 COLUMNS = ("result", "data set", "method", "network", "trained on", "images per class", "accuracy", "std", "networks")
 
 
@@ -144,7 +145,7 @@ def _read_log(result, stage, path):
 def rows(results):
     """Return the table's rows (lists as `COLUMNS`): the stages and the reference rows of each result."""
     return [
-        [number, result.report["dataset"], result.method if row["kind"] == "stages" else "none",
+        [number, result.report["dataset"], "none" if row["kind"] in REAL else result.method,
          *(row[key] for key in ("network", "trained_on", "ipc", "mean", "std", "networks"))]
         for number, result in enumerate(results, 1)
         for row in table_rows(result.report)

@@ -9,6 +9,7 @@ import math
 import numpy as np
 
 from ..run import files
+from .report import headline_stages
 
 
 def draw_accuracy(path, report):
@@ -86,7 +87,7 @@ def accuracy_by_stage(entries):
     """
     figure, (axis,) = panels(1, 7.0, 5.0)
     for number, (label, rows) in enumerate(entries):
-        stages, colour = rows["stages"], f"C{number % 10}"
+        stages, colour = headline_stages(rows), f"C{number % 10}"
         if len(stages) > 1:
             points(axis, [row["stage"] for row in stages], stages, fmt="o-", color=colour, label=label)
         else:
@@ -133,9 +134,9 @@ def accuracy_by_ipc(results):
 def draw_group(axis, results, group, colour):
     """Draw the results of one base method and network: PDD's stages, one-shot, random real images, the full set."""
     for marker, result in zip(itertools.cycle("o^vD"), [r for r in results if r.staged], strict=False):
-        stages, style = result.report["stages"], {"marker": marker, "color": colour}
+        stages, style = headline_stages(result.report), {"marker": marker, "color": colour}
         points(axis, [row["ipc_total"] for row in stages], stages, label=f"PDD+{group}, {result.sizes}", **style)
-    oneshot = [(r.total, r.report["stages"][-1]) for r in results if not r.staged]
+    oneshot = [(r.total, headline_stages(r.report)[-1]) for r in results if not r.staged]
     random = [(r.total, r.report["random"]) for r in results if r.report.get("random")]
     for found, style, label in ((oneshot, "s--", f"{group}, one-shot"), (random, "x:", f"{group}, random real")):
         if found:

@@ -42,7 +42,7 @@ def _describe(number, result):
     """Return what the page says of one result."""
     rows = table_rows(result.report)
     own = [row for row in rows if row["network"] == result.report["model"]]
-    by_kind = {kind: [row for row in own if row["kind"] == kind] for kind in ("stages", "random", "full")}
+    by_kind = {kind: [row for row in own if row["kind"] == kind] for kind in ("stages", "fresh", "random", "full")}
     measured, selected = hours.read(result.folder), result.report.get("select_on", "unknown").split(", ")
     return {
         "number": number,
@@ -51,13 +51,21 @@ def _describe(number, result):
         "result": result,
         "dataset": result.report["dataset"],
         "rows": rows,
-        "stages": by_kind["stages"],
+        "stages": by_kind["fresh"] or by_kind["stages"],
+        "starts": _starts(result),
         "random": by_kind["random"][0] if by_kind["random"] else None,
         "full": by_kind["full"][0] if by_kind["full"] else None,
         "hours": measured,
         "made_in": hours.of_distillation(measured),
         "selected": ", ".join(SELECTED.get(word, word) for word in selected),
     }
+
+
+def _starts(result):
+    """Return in a word how the networks of the headline start; empty for older reports, which do not say it."""
+    if result.base != "MTT" or result.report.get("fresh"):
+        return "fresh"
+    return {"experts": "matched", "random": "fresh"}.get(result.report["config"].get("starts"), "")
 
 
 def _accuracy_charts(shown):

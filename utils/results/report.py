@@ -15,6 +15,7 @@ GRID_COLUMNS = 50
 # Options of an evaluation that choose networks and rows: the accuracies of one network do not depend on them.
 NETWORK_CHOICE = (
     *("eval_models", "eval_mode", "num_experts", "num_eval", "repeat", "skip_random", "skip_full", "full_networks"),
+    *("skip_fresh", "eval_epochs"),
     *("save_model", "save_model_prefix", "save_ckpt", "versions"),
 )
 
@@ -54,18 +55,51 @@ def stage_rows(ipc_totals, runs):
     ]
 
 
+def headline_stages(result):
+    """Return the stage rows that stand for one network's result: those of fresh starts if they were evaluated.
+
+    Args:
+        result: of one network (an entry of "models" in report.json), or a whole report for its first network.
+    """
+    return result.get("fresh") or result["stages"]
+
+
+def headline(result):
+    """Return the headline of a report: the last stage's row, its kind, points over random real, and share of full."""
+    last = headline_stages(result)[-1]
+    return {"row": "fresh" if result.get("fresh") else "stages", **last, **_derived(last, result)}
+
+
+def _derived(row, result):
+    """Return a row's points over as many random real images, and its percent of the full training set's accuracy."""
+    random, full = result.get("random"), result.get("full")
+    as_many = row.get("ipc_total", result["stages"][-1]["ipc_total"]) == result["stages"][-1]["ipc_total"]
+    over = random and as_many and row is not random and row is not full
+    return {
+        "over_random": row["accuracy_mean"] - random["accuracy_mean"] if over else None,
+        "share_of_full": 100 * row["accuracy_mean"] / full["accuracy_mean"] if full and row is not full else None,
+    }
+
+
 def table_rows(report):
     """Return the rows of a report (the dict of report.json): the stages and the reference rows of each network.
 
     Returns:
-        List of dicts: kind (stages, hard, random, random_soft, full), network, trained_on, ipc, mean, std, networks;
-        best: mean, std and number of checks of the best accuracies, or three times None.
+        List of dicts: kind (stages, hard, fresh, last_union, lengths, random, random_soft, full), network, trained_on,
+        ipc, mean, std, networks; best: mean, std and number of checks of the best accuracies, or three times None;
+        over_random: points over as many random real images, share_of_full: percent of the full training set's accuracy,
+        or None.
     """
     rows = []
     for name, result in report["models"].items():
         total = result["stages"][-1]["ipc_total"]
         found = [("stages", f"stage 1-{row['stage']}", row["ipc_total"], row) for row in result["stages"]]
         found += [("hard", "the same, hard labels", total, result.get("hard"))]
+        last, fresh = f"stage 1-{result['stages'][-1]['stage']}", result.get("fresh") or ()
+        found += [("fresh", f"stage 1-{row['stage']}, fresh start", row["ipc_total"], row) for row in fresh]
+        found += [("last_union", "last union alone, fresh start", total, result.get("last_union"))]
+        for row in result.get("lengths", ()):
+            found.append(("lengths", f"{last}, {row['epochs']} epochs, fresh start", total, row))
         found += [("random", "random real", total, result.get("random"))]
         found += [("random_soft", "random real, soft labels", total, result.get("random_soft"))]
         found += [("full", "full training set", "all", result.get("full"))]
@@ -79,6 +113,7 @@ def table_rows(report):
                 "std": row["accuracy_std"],
                 "best": [row.get(key) for key in ("best_mean", "best_std", "checks")],
                 "networks": row.get("networks") or _networks(report["config"], name, kind),
+                **_derived(row, result),
             }
             for kind, words, ipc, row in found
             if row
@@ -137,16 +172,19 @@ def table(report):
     """Return the text table of a report (the dict of report.json)."""
     found, sign = table_rows(report), plus_minus()
     checks = max((row["best"][2] or 0 for row in found), default=0)
-    best = [f"best of {checks} (%)"] if checks else []
-    headers = ["network", "trained on", "images per class", "accuracy (%)", *best, "networks"]
-    rows = []
-    for row in found:
-        cells = [row["network"], row["trained_on"], row["ipc"], f"{row['mean']:.2f} {sign} {row['std']:.2f}"]
-        if checks:
-            mean, std, known = row["best"]
-            cells.append(f"{mean:.2f} {sign} {std:.2f}" if known else "")
-        rows.append([*cells, row["networks"]])
+    columns = {"network": [row["network"] for row in found], "trained on": [row["trained_on"] for row in found]}
+    columns |= {"images per class": [row["ipc"] for row in found]}
+    columns |= {"accuracy (%)": [f"{row['mean']:.2f} {sign} {row['std']:.2f}" for row in found]}
+    best = [f"{mean:.2f} {sign} {std:.2f}" if known else "" for mean, std, known in (row["best"] for row in found)]
+    columns |= {f"best of {checks} (%)": best} if checks else {}
+    for name, key, form in (("over random", "over_random", "{:+.2f}"), ("of full (%)", "share_of_full", "{:.1f}")):
+        if any(row[key] is not None for row in found):
+            columns[name] = ["" if row[key] is None else form.format(row[key]) for row in found]
+    columns["networks"] = [row["networks"] for row in found]
+    headers, rows = list(columns), list(zip(*columns.values(), strict=True))
     text = tabulate(rows, headers, disable_numparse=True)
+    if any(row["kind"] == "fresh" for row in found):
+        text += "\nnetworks start as the experts that were matched; fresh start: from random initialisations (headline)"
     if "select_on" in report:
         images = ", ".join(SELECTED.get(name, name) for name in report["select_on"].split(", "))
         how = "kept: the last iteration; watched" if report.get("keeps") == "last" else "selected"

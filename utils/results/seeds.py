@@ -7,7 +7,7 @@ from scipy import stats
 from tabulate import tabulate
 
 from ..run import files
-from . import hours, report
+from . import figures, hours, report
 
 PARTS = {"experts": "buffer", "distillation": "distill", "evaluation": "evaluate"}  # first words of their scripts
 NOTE = "accuracy: mean over seeds of distillations; std of them as a sample; 95 % interval of the mean by Student's t"
@@ -21,21 +21,29 @@ def summary(label, folders):
         folders: of its results, one for each seed, with report.json and hours.json.
 
     Returns:
-        Among others accuracy (mean over seeds of the mean over networks after the last stage), std (of the sample of
-        seeds), half (the 95 % interval of the mean by Student's t is accuracy ± half; both None with one seed), over
-        random (points over random real images, None without that row), hours of each of `PARTS` (mean over seeds).
+        Among others accuracy (mean over seeds of the headline, `report.headline`), std (of the sample of seeds), half
+        (the 95 % interval of the mean by Student's t is accuracy ± half; both None with one seed), over random (points
+        over random real images), matched starts (accuracy of networks that start as the matched experts), last union
+        alone (of training on nothing else; each None without its row), hours of each of `PARTS` (mean over seeds).
     """
-    reports = [report.table_rows(files.read_json(Path(folder) / "report.json")) for folder in folders]
-    last = [[row for row in rows if row["kind"] == "stages"][-1] for rows in reports]
-    random = [row["mean"] for rows in reports for row in rows if row["kind"] == "random"]
-    accuracies, count = [row["mean"] for row in last], len(folders)
+    reports = [files.read_json(Path(folder) / "report.json") for folder in folders]
+    last, count = [report.headline(of_seed) for of_seed in reports], len(folders)
+    accuracies, over = ([row[key] for row in last] for key in ("accuracy_mean", "over_random"))
     mean, std, half = statistics.mean(accuracies), None, None
     if count > 1:
         std = statistics.stdev(accuracies)
         half = float(stats.t.ppf(0.975, count - 1)) * std / count**0.5
-    over = mean - statistics.mean(random) if random else None
-    found = {"setting": label, "images per class": last[0]["ipc"], "seeds": count, "accuracies": accuracies}
-    found |= {"accuracy": mean, "std": std, "half": half, "over random": over}
+    found = {"setting": label, "images per class": last[0]["ipc_total"], "seeds": count, "accuracies": accuracies}
+    found |= {
+        "accuracy": mean,
+        "std": std,
+        "half": half,
+        "over random": None if None in over else statistics.mean(over),
+    }
+    matched = [of_seed["stages"][-1] for of_seed in reports if of_seed.get("fresh")]
+    alone = [of_seed["last_union"] for of_seed in reports if of_seed.get("last_union")]
+    for name, rows in (("matched starts", matched), ("last union alone", alone)):
+        found[name] = statistics.mean(row["accuracy_mean"] for row in rows) if len(rows) == count else None
     measured = [hours.read(folder) for folder in folders]
     for name, begin in PARTS.items():
         parts = [part for of_seed in measured for script, part in of_seed.items() if script.startswith(begin)]
@@ -52,6 +60,7 @@ def cost(row):
 def table(rows):
     """Return the Markdown table of `summary`s, accuracy against hours: the cheapest first."""
     headers = ["setting", "images per class", "seeds", "accuracy (%)", "std", "95 % interval", "over random"]
+    headers += ["matched starts", "last union alone"]
     headers += [f"{name} (h)" for name in PARTS] + ["hours of"]
     number = lambda value, form="{:.2f}": "" if value is None else form.format(value)  # noqa: E731
     lines = []
@@ -60,7 +69,8 @@ def table(rows):
         interval = "" if half is None else f"{mean - half:.2f} to {mean + half:.2f}"
         cells = [row["setting"], row["images per class"], row["seeds"], number(mean), number(row["std"]), interval]
         spent = [number(row[name], "{:.3g}") for name in PARTS]
-        lines.append([*cells, number(row["over random"], "{:+.2f}"), *spent, row["unit"]])
+        others = [number(row["over random"], "{:+.2f}"), number(row["matched starts"]), number(row["last union alone"])]
+        lines.append([*cells, *others, *spent, row["unit"]])
     return tabulate(lines, headers, "github", disable_numparse=True) + f"\n\n{NOTE}"
 
 
@@ -80,4 +90,4 @@ def draw(rows, path):
     axes.set_ylabel("test accuracy (%), 95 % interval")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
-    report.save_figure(path, figure)
+    figures.save_figure(path, figure)

@@ -19,7 +19,7 @@ from utils.results import compare, figures, report
 from utils.run import errors
 
 IDC = shlex.split("-d digits --ipc 2 --niter 0.04 --inner_loop 2 --epochs 5 --net_epoch 1 --n_data 64")
-QUICK = ["--num_eval", 2, "--epoch_eval_train", 2, "--full_epochs", 1]
+QUICK = ["--num_eval", 2, "--epoch_eval_train", 2, "--full_epochs", 1, "--skip_fresh"]
 
 
 @pytest.fixture
@@ -173,6 +173,21 @@ def test_accuracies_are_drawn_where_they_were_measured(folders):
     assert [x for x, *_ in drawn["Digits, PDD+MTT, ConvNetW32, 3 × 1"]] == [1, 2, 3]
     (level,) = (line for line in axis.lines if line.get_label() == "Digits, MTT one-shot, ConvNetW32, 1 × 3")
     assert level.get_ydata()[0] == results[1].report["stages"][0]["accuracy_mean"]
+
+
+def test_fresh_starts_are_rows_of_the_table_and_what_is_drawn(folders, tmp_path):
+    found = json.loads((folders[0] / "report.json").read_text())
+    fresh = [{**row, "accuracy_mean": 7.0 * row["stage"], "networks": 5} for row in found["stages"]]
+    for place in (found, found["models"][found["model"]]):
+        place |= {"fresh": fresh, "last_union": {**fresh[-1], "accuracy_mean": 22.5}}
+    (tmp_path / "report.json").write_text(json.dumps(found))
+    result = compare.read(tmp_path)
+    shown = [(row[4], row[6]) for row in compare.rows([result]) if row[2] == "PDD+MTT" and "fresh" in row[4]]
+    assert shown == [*((f"stage 1-{n}, fresh start", 7.0 * n) for n in (1, 2, 3)),
+                     ("last union alone, fresh start", 22.5)]  # fmt: skip
+    for figure in (figures.accuracy_by_ipc([result]), figures.accuracy_by_stage([("it", result.report)])):
+        drawn = {label: points for label, points in series(figure.axes[0]).items() if len(points) == 3}
+        assert [[y for _, y, *_ in points] for points in drawn.values()] == [[7.0, 14.0, 21.0]]
 
 
 def test_losses_and_learning_rates_are_those_of_the_logs(folders):

@@ -65,11 +65,30 @@ def test_the_numbers_are_those_of_the_reports(results, rendered):
         summary.append([str(number), both(found["stages"][-1]), both(found["random"]), both(found["full"])])
     shown = [[row[0], row[1], row[2], row[3], row[6]] for row in table(rendered, "rows")]
     assert [row[: len(wanted)] for row, wanted in zip(shown, expected, strict=True)] == expected
-    assert [[row[0], row[2], row[5], row[6]] for row in table(rendered, "summary")] == summary
+    assert [[row[0], row[2], row[6], row[8]] for row in table(rendered, "summary")] == summary
+    for row, result in zip(table(rendered, "summary"), results, strict=True):
+        last, random, full = (result.report[key] for key in ("stages", "random", "full"))
+        mean = last[-1]["accuracy_mean"]
+        assert row[7] == (f"{mean - random['accuracy_mean']:+.2f}" if random else "")
+        assert row[9] == (f"{100 * mean / full['accuracy_mean']:.1f}" if full else "")
+
+
+def test_fresh_starts_are_the_headline(results, tmp_path):
+    shutil.copytree(results[0].folder, tmp_path / "copy")
+    found = json.loads((tmp_path / "copy" / "report.json").read_text())
+    fresh = [{**row, "accuracy_mean": 12.34 + row["stage"]} for row in found["stages"]]
+    for place in (found, found["models"][found["model"]]):
+        place["fresh"] = fresh
+    (tmp_path / "copy" / "report.json").write_text(json.dumps(found))
+    text = page.render([compare.read(tmp_path / "copy")])
+    (row,) = table(text, "summary")
+    assert row[2].startswith("14.34 ") and row[5] == "fresh"
+    shown = [row[1] for row in table(text, "rows")]
+    assert "stage 1-2" in shown and "stage 1-2, fresh start" in shown
 
 
 def test_hours_are_added_up_and_leave_evaluations_out(results, rendered):
-    assert [row[7] for row in table(rendered, "summary")] == ["1.75 CPU", ""]
+    assert [row[10] for row in table(rendered, "summary")] == ["1.75 CPU", ""]
     assert "distill_mtt.py 1.50 CPU hours" in rendered and "evaluate_mtt.py 9.00 CPU hours" in rendered
     last = results[0].report["stages"][-1]
     assert f"{last['accuracy_mean']:.2f} ± {last['accuracy_std']:.2f} at 1.75</title>" in rendered

@@ -9,7 +9,7 @@ def test_table_and_spread():
     rows = report.stage_rows([1, 2], [[[10.0], [20.0]], [[12.0], [24.0]]])
     assert rows[1] == {"stage": 2, "ipc_total": 2, "accuracy_mean": 22.0, "accuracy_std": 2.0, "networks": 2}
     text = report.table({"models": {"ConvNet": {"stages": rows, "random": None, "full": rows[0]}}})
-    assert "ConvNet stage 1-2 2 22.00 ± 2.00 2" in [" ".join(line.split()) for line in text.splitlines()]
+    assert "ConvNet stage 1-2 2 22.00 ± 2.00 200.0 2" in [" ".join(line.split()) for line in text.splitlines()]
 
 
 def test_the_last_accuracy_counts_and_the_best_stands_beside_it():  # SPEC 8.11
@@ -25,8 +25,8 @@ def test_the_last_accuracy_counts_and_the_best_stands_beside_it():  # SPEC 8.11
     assert "best_mean" not in full
     text = report.table({"models": {"ConvNet": {"stages": rows, "random": None, "full": full}}})
     header, _, first, *_, last = text.splitlines()
-    assert header.split()[-7:] == ["accuracy", "(%)", "best", "of", "3", "(%)", "networks"]
-    assert first.split()[-7:] == ["10.00", "±", "10.00", "35.00", "±", "5.00", "2"]
+    assert header.split()[-10:] == ["accuracy", "(%)", "best", "of", "3", "(%)", "of", "full", "(%)", "networks"]
+    assert first.split()[-8:] == ["10.00", "±", "10.00", "35.00", "±", "5.00", "20.0", "2"]
     assert last.split()[-4:] == ["50.00", "±", "0.00", "1"]
 
 

@@ -46,11 +46,22 @@ def test_one_seed_has_no_spread_and_rows_may_be_missing(tmp_path):
     assert [cell.strip() for cell in line.strip("|").split("|")][4:7] == ["", "", ""]
 
 
+def test_fresh_starts_are_the_headline_and_matched_ones_stand_beside_them(folders):
+    for folder in folders:
+        found = json.loads((folder / "report.json").read_text())
+        rows = [{**row, "accuracy_mean": row["accuracy_mean"] - 3} for row in found["stages"]]
+        last_union = {"accuracy_mean": 40.0, "accuracy_std": 1.0, "networks": 2}
+        (folder / "report.json").write_text(json.dumps({**found, "fresh": rows, "last_union": last_union}))
+    row = seeds.summary("setting", folders)
+    assert row["accuracy"] == pytest.approx(50) and row["matched starts"] == pytest.approx(53)
+    assert row["last union alone"] == 40 and row["over random"] == pytest.approx(50 - 31)
+
+
 def test_the_table_begins_with_the_cheapest(folders, tmp_path):
     dear, cheap = seeds.summary("dear", folders), seeds.summary("cheap", folders[:2])
     lines = seeds.table([dear, cheap]).splitlines()
     assert "cheap" in lines[2] and "dear" in lines[3]
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
-    assert cells == ["dear", "2", "3", "53.00", "3.61", "44.04 to 61.96", "+22.00", "1", "4", "0.5", "CPU"]
+    assert cells == ["dear", "2", "3", "53.00", "3.61", "44.04 to 61.96", "+22.00", "", "", "1", "4", "0.5", "CPU"]
     seeds.draw([dear, cheap], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
