@@ -53,7 +53,6 @@ def parse(words):
     parser.add_argument("--data_path", help="folder of the data set, instead of the scripts' default")
     parser.add_argument("--out", default="studies", help="folder of experts, results and tables")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, then stop")
-    parser.set_defaults(preset=None)  # of reproduce.py
     return parser.parse_args(words)
 
 
@@ -130,7 +129,7 @@ def places(args, seed, experts):
     """Return reproduce.py's options of the folders of one seed; another number of experts has a folder of its own."""
     root = Path(args.out) / args.scale / f"seed{seed}"
     folders = {"buffer_path": str(root / f"buffers{experts}"), "root_log_dir": str(root / "results")}
-    return argparse.Namespace(scale=args.scale, data_path=args.data_path, **folders)
+    return argparse.Namespace(scale=args.scale, data_path=args.data_path, preset=None, **folders)
 
 
 def folder_of(step):
