@@ -44,16 +44,16 @@ def published(count, images, epochs, device):
     return work
 
 
-def project(count, images, epochs, device):
+def project(count, images, epochs, device, precision):
     device = setup_device(device)
     *union, members = problem(count, images, device)
     dataset = ImageDataset(*(tensor.to(device) for tensor in union))
-    config = stages.evaluation_config(epochs, 0.01, 256, DSA(DSA_STRATEGY))
+    config = stages.evaluation_config(epochs, 0.01, 256, DSA(DSA_STRATEGY), precision=precision)
     return lambda: training.train_together(members, dataset, config, 0, [("evaluation", k) for k in range(count)])
 
 
 def main():
-    options = harness.parse(__doc__, ("--epochs", int, 300, "epochs of each network"))
+    options = harness.parse(__doc__, harness.PRECISION, ("--epochs", int, 300, "epochs of each network"))
     count, images, epochs = (2, 4, 2) if options.smallest else (5, 100, options.epochs)
     label = f"{count} x {MODEL}, {images} images, {epochs} epochs"
     row = harness.pair(label, published, project, options, count=count, images=images, epochs=epochs)

@@ -29,18 +29,20 @@ def published(model, images, dataset, data_path, device):
     return lambda: baseline.train_epoch(network, optimizer, chosen, 256, DSA_STRATEGY.split("_"))
 
 
-def project(model, images, dataset, data_path, device):
+def project(model, images, dataset, data_path, device, precision):
     device = setup_device(device)
     real = datasets.load(dataset, data_path, device)
     network = training.new_network(model, real, 0, "benchmark")
-    config = training.TrainConfig(1, 0.01, dsa=DSA(DSA_STRATEGY))
+    config = training.TrainConfig(1, 0.01, dsa=DSA(DSA_STRATEGY), precision=precision)
     optimizer, rng = training.sgd(network, config), stream(0, "benchmark")
     index = torch.arange(images, device=device)
     return lambda: training.train_epoch(network, optimizer, real.train, config, rng, index=index)
 
 
 def main():
-    options = harness.parse(__doc__, ("--data_path", str, "data/cifar10-jpeg", "CIFAR-10 in class folders"))
+    options = harness.parse(
+        __doc__, harness.PRECISION, ("--data_path", str, "data/cifar10-jpeg", "CIFAR-10 in class folders")
+    )
     images, dataset = (16, "Digits") if options.smallest else (2560, "CIFAR10")
     rows = [
         harness.pair(

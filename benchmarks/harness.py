@@ -23,6 +23,9 @@ from utils.run import errors
 SECONDS_TO_END = 10  # that a process has before it is killed
 
 
+PRECISION = ("--precision", str, "fp32", "of the project's side: fp32 or bf16")
+
+
 def run(main):
     """Run a benchmark's `main`; SIGTERM and SIGINT end it with its processes and temporary folders."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -65,9 +68,14 @@ def pair(label, baseline, project, options, **arguments):
         Dict of the row: medians in seconds, the ratio project / baseline (min, median, max over pairs), peak memory
         above the idle process in bytes.
     """
-    times = [[], []]
+    times, own = [[], []], arguments
+    if hasattr(options, "precision"):  # the baseline is published in full precision
+        own = arguments | {"precision": options.precision}
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(_Worker(label, maker, options, arguments)) for maker in (baseline, project)]
+        workers = [
+            stack.enter_context(_Worker(label, baseline, options, arguments)),
+            stack.enter_context(_Worker(label, project, options, own)),
+        ]
         print(f"timing: {label}", file=sys.stderr, flush=True)
         for turn in range(options.pairs + 1):  # the first one warms up
             for which in (0, 1) if turn % 2 == 0 else (1, 0):
@@ -176,7 +184,8 @@ def resident():
 def show_pairs(title, rows, options):
     """Print a table of rows of `pair`."""
     machine = torch.cuda.get_device_name() if options.device != "cpu" else f"CPU, {options.threads} threads"
-    about = f"{machine}; torch {torch.__version__}, Python {platform.python_version()}"
+    precision = f", {options.precision}" if hasattr(options, "precision") else ""
+    about = f"{machine}{precision}; torch {torch.__version__}, Python {platform.python_version()}"
     head = ("row", "baseline (s)", "project (s)", "ratio min / median / max", "peak memory above idle (MB)")
     lines = [
         (

@@ -5,6 +5,7 @@
 ConvNet, 10 images per class, factor 2, the settings of --reproduce: 64 real and 40 decoded images of each class.
 """
 
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
@@ -65,14 +66,17 @@ def published(device, **arguments):
     return work
 
 
-def project(device, **arguments):
+def project(device, precision, **arguments):
     real, synthetic, config, network = problem(device=setup_device(device), **arguments)
+    config = dataclasses.replace(config, precision=precision)
     matcher, number = GradientMatcher(real, synthetic, config), itertools.count()
     return lambda: matcher.sweep(network, next(number))
 
 
 def main():
-    options = harness.parse(__doc__, ("--data_path", str, "data/cifar10-jpeg", "CIFAR-10 in class folders"))
+    options = harness.parse(
+        __doc__, harness.PRECISION, ("--data_path", str, "data/cifar10-jpeg", "CIFAR-10 in class folders")
+    )
     dataset, ipc, depth = ("Digits", 1, 2) if options.smallest else ("CIFAR10", 10, 3)
     row = harness.pair(
         "10 classes, ConvNet",

@@ -91,17 +91,11 @@ def compiled(**case):
     return project(**case, compiled=True)
 
 
-def bf16(**case):
-    return project(**case, precision="bf16")
-
-
 def main():
-    options = harness.parse(__doc__)
+    options = harness.parse(__doc__, harness.PRECISION)
     ways = {"": project}
-    if options.device != "cpu":  # what the other options gain there
-        ways |= {", --compile": compiled, ", --precision bf16": bf16}
-    elif options.smallest:
-        ways |= {", --precision bf16": bf16}  # compiling takes a minute
+    if options.device != "cpu" and options.precision == "fp32":
+        ways[", --compile"] = compiled
     cases = SMALLEST if options.smallest else CASES
     rows = [
         harness.pair(label + words, published, way, options, **case)

@@ -43,9 +43,7 @@ TABLES = {
         ]
     ],
     "loading": [["10 classes of 32 pixels", "200 classes of 64 pixels"]],
-    "matching": [
-        ["4 digits, 2 a step, 2 steps, ConvNetW32", "4 digits, 2 a step, 2 steps, ConvNetW32, --precision bf16"],
-    ],
+    "matching": [["4 digits, 2 a step, 2 steps, ConvNetW32"]],
     "memory": [
         [
             "ConvNetW32, 2 steps: unrolling -> constant memory",
