@@ -93,7 +93,8 @@ def test_a_baseline_learns_as_many_images_in_one_stage(scale):
     assert len(folders) == 2 * len(PUBLISHED)
 
 
-def test_list_shows_every_row():
+def test_list_shows_every_row(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no speed that was measured here
     lines = run_script(SCRIPT, "--list").stdout.splitlines()
     end = lines.index("")
     assert [line.split()[0] for line in lines[2:end] if not line.startswith(" ")] == reproduce.ROWS
