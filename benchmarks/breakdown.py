@@ -207,7 +207,7 @@ def sweep(units, args, stage):
 
 def measure(row, scale, device, precision, repeats):
     """Return {(script, part): seconds} of a row of scripts/reproduce.py."""
-    options = argparse.Namespace(scale=scale, data_path=None, buffer_path=None, root_log_dir=None)
+    options = argparse.Namespace(scale=scale, data_path=None, buffer_path=None, root_log_dir=None, preset=None)
     steps = reproduce.steps_of(row, options, {"precision": [precision]})
     name = getattr(steps[0].args, "data", steps[0].args.dataset)
     parts = mtt_parts if "mtt" in row else idc_parts

@@ -118,7 +118,7 @@ def test_every_benchmark_prints_its_tables(name):
 
 
 def test_measured_times_stand_in_the_list_of_rows(tmp_path, monkeypatch):
-    options = argparse.Namespace(scale="full", data_path=None, buffer_path=None, root_log_dir=None)
+    options = argparse.Namespace(scale="full", data_path=None, buffer_path=None, root_log_dir=None, preset=None)
     rows = {row: reproduce.steps_of(row, options, {}) for row in ("cifar10-mtt-ipc10", "cifar10-mtt-ipc50")}
     monkeypatch.setattr(reproduce, "SPEED", tmp_path / "speed.json")
     assert "time" not in reproduce.table(rows, "full").splitlines()[0]

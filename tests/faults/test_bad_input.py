@@ -73,7 +73,7 @@ CASES = [
     (D, [*STAGES, "--grow_start_epoch", "-1"], "expected a whole number >= 0"),
     (E, [*STAGES, "--stage_lr", "1,0.5"], "--stage_lr: expected 3 values .--num_intervals., found 2"),
     (E, [*STAGES, "--stage_lr", "1,0.5,0"], "expected a number > 0.0, found '0' in '1,0.5,0'"),
-    (E, [*STAGES, "--num_intervals", "4"], "expected one folder interval4_epoch"),
+    (E, [*STAGES, "--num_intervals", "4"], "expected 4 finished stages, found stages 1 to 3"),
     (E, [*STAGES, "--override_load_path", "nothing"], "expected the folder of a distillation"),
     (E, [*STAGES, "--dataset", "CIFAR10", "--data_path", "/nowhere"], "expected the folder of a distillation"),
 ]

@@ -328,8 +328,8 @@ def test_presets_of_the_methods_that_followed(row, scale, widening, moving):
         free = {"soft_labels", "grow_start_epoch", "start_epochs", "stage_lr", "tag"}
         for step, before in zip((distillation, evaluation), plain[1:], strict=True):
             assert {key for key, value in vars(step.args).items() if value != vars(before.args)[key]} <= free
-        folders.add(reproduce.report_path(evaluation))
-    assert len(folders | {reproduce.report_path(plain[-1])}) == 3
+        folders.add(evaluate_mtt.experiment_folder(evaluation.args))
+    assert len(folders | {evaluate_mtt.experiment_folder(plain[-1].args)}) == 3
 
 
 def test_larger_sets_keep_no_graphs_and_every_row_has_other_architectures():

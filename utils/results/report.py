@@ -75,9 +75,10 @@ def _derived(row, result):
     random, full = result.get("random"), result.get("full")
     as_many = row.get("ipc_total", result["stages"][-1]["ipc_total"]) == result["stages"][-1]["ipc_total"]
     over = random and as_many and row is not random and row is not full
+    share = full and full["accuracy_mean"] > 0 and row is not full
     return {
         "over_random": row["accuracy_mean"] - random["accuracy_mean"] if over else None,
-        "share_of_full": 100 * row["accuracy_mean"] / full["accuracy_mean"] if full and row is not full else None,
+        "share_of_full": 100 * row["accuracy_mean"] / full["accuracy_mean"] if share else None,
     }
 
 
