@@ -117,7 +117,7 @@ def setting(row, stages, share, experts, args, extra):
     for seed in range(args.seeds):
         words = {name: [str(value)] for name, value in (changed | {"seed": seed}).items()}
         steps = reproduce.steps_of(row, places(args, seed, experts), extra | words)
-        if experts:  # evaluations have as many networks, however many experts there are
+        if steps[-1].script == "evaluate_mtt.py":  # evaluations have as many networks, however many experts there are
             count = extra.get("num_experts", [reproduce.OWN[args.scale]["evaluate_mtt.py"]["num_experts"]])[0]
             words = [*steps[-1].words, "--num_experts", str(count)]
             steps[-1] = reproduce.Step(steps[-1].script, words, reproduce.options_of(steps[-1].script, words))
