@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# PDD+DM on real images, a quarter of an hour on two CPU cores: two narrow experts of CIFAR-10, five stages of two images
-# per class, evaluation. CIFAR-10 is read from FOLDER (default: data), or downloaded there. Results go to
-# quickstart_cifar10/ (or the second argument). Run it again to continue or to see the table.
+# PDD+DM on real images, on a CPU: two narrow experts of CIFAR-10, five stages of two images per class, evaluation.
+# CIFAR-10 is read from FOLDER (default: data), or downloaded there. Results go to quickstart_cifar10/ (or the second
+# argument). Run it again to continue or to see the table.
 #
 #     bash scripts/quickstart_cifar10.sh [FOLDER] [RESULTS]
 set -euo pipefail
