@@ -29,10 +29,10 @@ from utils.idc_runs import Run, learn_stages, record
 from utils.options import Parser, dm
 from utils.results.provenance import check_data
 from utils.run.device import setup_device
-from utils.run.log import Progress, log0
+from utils.run.log import Progress
 from utils.run.main import run_script
 from utils.run.streams import stream
-from utils.trajectories import Experts, find_buffers, held_out_fraction, mixture, recorded_fingerprint, window
+from utils.trajectories import Experts, find_buffers, mixture, recorded_fingerprint, warn_of_seen_images, window
 
 OOM_ADVICE = "--batch_real, --batch_size or a narrower --model"
 
@@ -151,11 +151,7 @@ class DmRun(Run):
         check_data(self.buffers, recorded_fingerprint(self.buffers), self.real.info)
         shapes = [parameter.shape for parameter in self.new_network("mixture").parameters()]
         self.experts = Experts(self.buffers, shapes, 2, args.model)
-        if args.select_on == "val" and held_out_fraction(self.buffers) < args.val_fraction:
-            log0(
-                f"warning: {self.buffers}: these experts have seen images that are held out now, so accuracies in a "
-                f"stage are too high; record experts with buffer_mtt.py --val_fraction {args.val_fraction:g}"
-            )
+        warn_of_seen_images(self.buffers, options.held_out_fraction(args))
 
 
 if __name__ == "__main__":

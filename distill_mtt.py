@@ -37,7 +37,7 @@ from utils.run.log import Log, Progress, log0, print0
 from utils.run.main import run_script
 from utils.run.streams import stream
 from utils.synthetic import empty_set, init_subset, load_mtt, save_mtt
-from utils.trajectories import Experts, find_buffers, held_out_fraction, recorded_fingerprint
+from utils.trajectories import Experts, find_buffers, recorded_fingerprint, warn_of_seen_images
 from utils.trajectory_matching import TrajectoryMatcher, check_finite
 
 SYN_MOMENTUM = 0.5  # of both optimisers, images and syn_lr (MTT)
@@ -252,11 +252,7 @@ class Run:
         self.union(first - 1)
         self.initial_images(self.real, first)
         options.warn_of_few_images(self.real, ipc=sum(self.ipcs))
-        if args.select_on == "val" and held_out_fraction(buffers) < args.val_fraction:
-            log0(
-                f"warning: {buffers}: these experts have seen images that are held out now, so accuracies in a stage "
-                f"are too high; record experts with buffer_mtt.py --val_fraction {args.val_fraction:g}"
-            )
+        warn_of_seen_images(buffers, options.held_out_fraction(args))
         if any(True for _ in self.student.network.buffers()) and distributed.size() > args.trajectories_per_iteration:
             log0(f"note: {args.model} has batch statistics: its minibatches are not split over the ranks")
         return sizes.mtt_distillation(vars(args), self.real.info, len(self.real.train), len(experts))

@@ -85,7 +85,6 @@ def main():
     canvas = args.canvas_size if args.texture else 1
     unions = [load_mtt(folder, "best", device, real.info, canvas) for folder in folders]
     summaries = [names.read_mtt_stage(folder) for folder in folders]
-    warn_of_first_images(summaries)
     if args.dry_run:
         inputs = {"data": args.data_path} | {f"stage {stage}": folder for stage, folder in enumerate(folders, 1)}
         size = sizes.mtt_evaluation(vars(args), real.info, len(real.train), pool)
@@ -111,15 +110,6 @@ def main():
         select_on = names.selected_on(summaries)
         models = [eval_model(name, args, real, unions, starts, experiment) for name in pool]
         evaluate_and_report(evaluation, models, args.model, dataset=dataset, select_on=select_on, keeps="best")
-
-
-def warn_of_first_images(summaries):
-    """Say which stages kept the images that they started with."""
-    if stages := [str(stage) for stage, known in enumerate(summaries, 1) if known.get("best_iteration") == 0]:
-        log0(
-            f"warning: stage {', '.join(stages)}: best at iteration 0, so its images are the ones it started with; "
-            "distil with another --lr_img, more --Iteration or a smaller --eval_it"
-        )
 
 
 def pool_of(args):

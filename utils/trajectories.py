@@ -17,6 +17,7 @@ from .results import names
 from .run import files
 from .run.checkpoint import PARTIAL
 from .run.errors import UserError
+from .run.log import log0
 
 BUFFER_CONFIG = "buffer.json"  # the options of the experts beside it
 
@@ -75,6 +76,15 @@ def held_out_fraction(folder):
     if not isinstance(fraction, (int, float)):
         raise UserError(f"{recorded}: expected a number val_fraction, found {fraction!r}; move it away")
     return fraction
+
+
+def warn_of_seen_images(folder, fraction):
+    """Warn if the experts in `folder` have seen images of the `fraction` of the training images held out now."""
+    if held_out_fraction(folder) < fraction:
+        log0(
+            f"warning: {folder}: these experts have seen images that are held out now, so accuracies in a stage are "
+            f"too high; record experts with buffer_mtt.py --val_fraction {fraction:g}"
+        )
 
 
 def recorded_fingerprint(folder):

@@ -128,20 +128,15 @@ def match(
         lr_gradients.append(gradient @ adjoint)
         vector = adjoint * descent
         # λ_0 is never used.
-        products, input_gradients, target_gradients = [], [], []
-        for vjp in vjps:
-            product, input_gradient, *target_gradient = vjp(vector, number > 0)
-            products.append(product)
-            input_gradients.append(input_gradient)
-            target_gradients += target_gradient  # of labels that are probabilities
-        if input_gradients:
-            images_gradient.index_add_(0, steps[number].index, _pull_back(*inputs, input_gradients, team))
-        if target_gradients:
-            count = len(inputs[1])
-            rows = steps[number].rows(count)[slice(*team.part(count))]
-            labels_gradient.index_add_(0, rows, torch.cat(target_gradients))
+        of_slices = [vjp(vector, number > 0) for vjp in vjps]
+        if of_slices:
+            _, of_inputs, *of_labels = zip(*of_slices, strict=True)
+            images_gradient.index_add_(0, steps[number].index, _pull_back(*inputs, of_inputs, team))
+            if of_labels:  # which are probabilities
+                rows, part = steps[number].rows(len(inputs[1])), team.part(len(inputs[1]))
+                labels_gradient.index_add_(0, rows[slice(*part)], torch.cat(of_labels[0]))
         if number:
-            adjoint = adjoint + team.all_reduce_sum(_total(products, adjoint))
+            adjoint = adjoint + team.all_reduce_sum(_total([products for products, *_ in of_slices], adjoint))
     # Frozen images take part in the sums as well: telling them apart would wait for the device in every step.
     gradients = [] if labels_gradient is None else [labels_gradient[first_learned:]]
     return loss, images_gradient[first_learned:], -torch.stack(lr_gradients).sum(), *gradients

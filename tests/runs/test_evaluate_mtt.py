@@ -53,11 +53,19 @@ def test_report_has_the_documented_form(evaluated, distilled):
     assert not (distilled / "partial").exists()
 
 
+def step(network, optimizer, images, labels, rng):
+    """One epoch of one minibatch, written out."""
+    dsa, order = DSA("color_crop_cutout_flip_scale_rotate"), torch.from_numpy(rng.permutation(len(labels)))
+    x = dsa.apply(images[order], dsa.draw(len(order), rng))
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(network(x), labels[order]).backward()
+    optimizer.step()
+
+
 def test_each_network_starts_from_its_own_expert_and_carries_momentum(evaluated, distilled, buffers):
     _, found = evaluated
     real = datasets.load("Digits", "", torch.device("cpu"))
     experts = load_buffer(buffers / "Digits" / "ConvNetW32" / "replay_buffer_0.pt")
-    dsa = DSA("color_crop_cutout_flip_scale_rotate")
     final = []
     for k in range(2):
         network = networks.get_network("ConvNetW32", 1, 10, 8)
@@ -72,12 +80,7 @@ def test_each_network_starts_from_its_own_expert_and_carries_momentum(evaluated,
             for epoch in range(7):  # of --epoch_eval_train 6: SPEC 8.1
                 lr = float(torch.load(folder / "syn_lr_best.pt", weights_only=True))
                 optimizer.param_groups[0]["lr"] = lr * (0.1 if epoch > 6 // 2 + 1 else 1)
-                rng = stream(0, "distilled", "ConvNetW32", k, stage, epoch)
-                order = torch.from_numpy(rng.permutation(len(labels)))
-                x = dsa.apply(images[order], dsa.draw(len(order), rng))
-                optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(network(x), labels[order]).backward()
-                optimizer.step()
+                step(network, optimizer, images, labels, stream(0, "distilled", "ConvNetW32", k, stage, epoch))
         final.append(training.accuracy(network, real.test))
     assert found["stages"][2]["accuracy_mean"] == pytest.approx(sum(final) / 2)
 
@@ -104,7 +107,7 @@ def test_fresh_starts_are_those_without_experts_and_the_headline(evaluated, eval
 def test_the_last_union_at_once_takes_the_epochs_of_all_stages(evaluated, distilled):
     _, found = evaluated
     real = datasets.load("Digits", "", torch.device("cpu"))
-    dsa, (folder,) = DSA("color_crop_cutout_flip_scale_rotate"), distilled.glob("interval3_*")
+    (folder,) = distilled.glob("interval3_*")
     images, labels, lr = (torch.load(folder / f"{part}_best.pt", weights_only=True)
                           for part in ("images", "labels", "syn_lr"))  # fmt: skip
     final = []
@@ -113,12 +116,7 @@ def test_the_last_union_at_once_takes_the_epochs_of_all_stages(evaluated, distil
         optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
         for epoch in range(3 * 7):
             optimizer.param_groups[0]["lr"] = float(lr) * (0.1 if epoch > 20 // 2 + 1 else 1)
-            rng = stream(0, "last union", "ConvNetW32", k, 0, epoch)
-            order = torch.from_numpy(rng.permutation(len(labels)))
-            x = dsa.apply(images[order], dsa.draw(len(order), rng))
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(network(x), labels[order]).backward()
-            optimizer.step()
+            step(network, optimizer, images, labels, stream(0, "last union", "ConvNetW32", k, 0, epoch))
         final.append(training.accuracy(network, real.test))
     assert found["last_union"]["accuracy_mean"] == pytest.approx(sum(final) / 2)
 
@@ -241,15 +239,6 @@ def test_a_distillation_that_is_not_finished(copied):
     )
     status, message = evaluate("--num_intervals", 2)
     assert status == 0 and "evaluating" not in message
-
-
-def test_stages_that_kept_their_first_images_are_told(copied):
-    folder, evaluate = copied
-    for stage, iteration in (("interval1_epoch1-2", 0), ("interval2_epoch3-4", 2), ("interval3_epoch5-6", 0)):
-        path = folder / stage / "stage.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"best_iteration": iteration}))
-    status, message = evaluate()
-    assert status == 0 and "warning: stage 1, 3: best at iteration 0" in message
 
 
 def run_published(number, published, epochs, tree, tmp_path):
