@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,15 @@ def pytest_collection_modifyitems(items):
     """Begin with the files that take longest, so that no process is left with one of them at the end."""
     longest = ("test_quickstart.py", "test_quickstart_idc.py", "test_reproduce.py", "test_from_anywhere.py")
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+
+
+@pytest.fixture(autouse=True)
+def own_handlers():
+    """A script that ends inside a test leaves no signal handlers behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_configure(config):

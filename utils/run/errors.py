@@ -54,6 +54,8 @@ def run(main, oom_advice="smaller minibatches", speaks=lambda: True):
         sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be valid text, terminals not Unicode
 
     def end(message, status, kind="error"):
+        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun sends one as soon as a rank is gone
+            signal.signal(number, signal.SIG_IGN)
         sys.stdout.flush()
         for bar in list(tqdm._instances):  # else its last line comes after the message
             bar.close()

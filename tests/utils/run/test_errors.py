@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from utils.run import errors
+from utils.run import errors, signals
 
 
 def raising(error):
@@ -68,6 +68,16 @@ def test_the_exit_status_and_the_line(error, status, message, capsys):
 def test_one_process_of_a_job_speaks(capsys):
     assert ended(errors.UserError("found b"), capsys, speaks=lambda: False) == (2, "")
     assert ended(RuntimeError("shape mismatch"), capsys, speaks=lambda: False) == (1, "")
+
+
+def test_a_signal_on_the_way_out_does_not_swallow_the_message(capsys):
+    signals.listen()
+
+    def speaks():  # torchrun sends SIGTERM to the other ranks as soon as one is gone
+        signal.raise_signal(signal.SIGTERM)
+        return True
+
+    assert ended(errors.PeerLost(), capsys, speaks=speaks) == (1, f"error: another process of this job ended; {AGAIN}")
 
 
 def test_the_message_is_the_last_line_also_after_an_open_progress_bar(capsys):

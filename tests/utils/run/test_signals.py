@@ -13,11 +13,8 @@ from utils.run.errors import Interrupted
 
 
 @pytest.fixture(autouse=True)
-def own_handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+def nothing_received():
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
     assert signals.received is None
 
 
