@@ -93,13 +93,11 @@ def match(
             len(steps): the speed and memory of plain unrolling).
         slice_size: images of a minibatch whose graph is held at once; None for all. Exact for every network
             without batch statistics.
-        team: `Team` of ranks that share this iteration, all with the same arguments but retained_graphs; exact for the
-            same networks.
+        team: `Team` of ranks that share the iteration, with equal arguments but retained_graphs; exact likewise.
 
     Returns:
-        (loss 0-dim, gradient of images[first_learned:], gradient of syn_lr 0-dim), and for probabilities the gradient
-        of labels[first_learned:], all detached. In a team the loss
-        is the whole one, and each rank has its own part of the gradients: their sum over the team is the gradient.
+        (loss 0-dim, gradient of images[first_learned:], gradient of syn_lr 0-dim), with probabilities also that of
+        labels[first_learned:], all detached. In a team the loss is the whole one; its ranks' gradients add up.
     """
     first_retained = len(steps) - retained_graphs
     thetas, retained = Stack(), {}
@@ -127,8 +125,7 @@ def match(
             gradient, inputs, vjps = _gradient(student, theta, images, labels, steps[number], slice_size, True, team)
         lr_gradients.append(gradient @ adjoint)
         vector = adjoint * descent
-        # λ_0 is never used.
-        of_slices = [vjp(vector, number > 0) for vjp in vjps]
+        of_slices = [vjp(vector, number > 0) for vjp in vjps]  # λ_0 is never used
         if of_slices:
             _, of_inputs, *of_labels = zip(*of_slices, strict=True)
             images_gradient.index_add_(0, steps[number].index, _pull_back(*inputs, of_inputs, team))
