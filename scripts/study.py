@@ -69,8 +69,9 @@ def main():
     signals.listen()
     with files.locked(out, alone=False):
         run_all(commands, args.jobs, out / "log.txt")
-        for steps in (steps for many in runs.values() for steps in many):  # the experts' hours, beside the result's own
-            hours.copy(folder_of(steps[0]), folder_of(steps[-1]))
+        for steps in (steps for many in runs.values() for steps in many):
+            if steps[0].script == "buffer_mtt.py":  # the experts' hours, beside the result's own
+                hours.copy(folder_of(steps[0]), folder_of(steps[-1]))
         folders = {label: [folder_of(steps[-1]) for steps in many] for label, many in runs.items()}
         rows = [seeds.summary(label, of_seeds) for label, of_seeds in folders.items()]
         files.write_json(out / f"{args.name}.json", {"rows": rows})

@@ -123,6 +123,29 @@ def test_a_finished_study_runs_nothing(studied, cifar_tree, monkeypatch, capsys)
     assert printed.out == studied[2] and "$ " not in printed.err
 
 
+@pytest.mark.parametrize("method", ["mtt", "idc", "dm"])
+def test_the_table_of_every_method(method, tmp_path, monkeypatch, capsys):
+    """The end of a study whose runs are replaced by one finished report for each setting."""
+    monkeypatch.setattr(sys, "argv", ["study.py", "stages", "--methods", method, "--seeds", "1", "--out", str(tmp_path)])
+    monkeypatch.setattr(study.signals, "listen", lambda: None)
+    monkeypatch.setattr(study.page, "render", lambda results: f"{len(results)} results")
+    monkeypatch.setattr(study.compare, "read", lambda folder: folder)
+
+    def run_all(commands, jobs, log):
+        for step, folder, _ in commands.values():
+            folder.mkdir(parents=True, exist_ok=True)
+            hours.add(folder, step.script, 1, "CPU")
+            stage = {"stage": 1, "ipc_total": 10, "accuracy_mean": 50.0, "accuracy_std": 0.0, "networks": 1}
+            (folder / "report.json").write_text(json.dumps({"config": {}, "stages": [stage]}))
+
+    monkeypatch.setattr(study, "run_all", run_all)
+    study.main()
+    rows = json.loads((tmp_path / "full" / "stages.json").read_text())["rows"]
+    assert [row["experts"] for row in rows] == [0 if method == "idc" else 1] * 4
+    assert [row["distillation"] for row in rows] == [1] * 4
+    assert "4 results" in (tmp_path / "full" / "stages.html").read_text()
+
+
 def test_a_step_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
     words = ["base-methods", "--methods", "idc", "--scale", "small", "--data_path", "/nowhere", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["study.py", *words])
