@@ -126,7 +126,9 @@ def test_a_finished_study_runs_nothing(studied, cifar_tree, monkeypatch, capsys)
 @pytest.mark.parametrize("method", ["mtt", "idc", "dm"])
 def test_the_table_of_every_method(method, tmp_path, monkeypatch, capsys):
     """The end of a study whose runs are replaced by one finished report for each setting."""
-    monkeypatch.setattr(sys, "argv", ["study.py", "stages", "--methods", method, "--seeds", "1", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["study.py", "stages", "--methods", method, "--seeds", "1", "--out", str(tmp_path)]
+    )
     monkeypatch.setattr(study.signals, "listen", lambda: None)
     monkeypatch.setattr(study.page, "render", lambda results: f"{len(results)} results")
     monkeypatch.setattr(study.compare, "read", lambda folder: folder)
