@@ -146,7 +146,7 @@ def learn_subset(stage, run):
                 shown.learned.lerp_(synthetic.learned, 1 - args.ema)
             check_finite(it, loss, synthetic)
             log.write(stage=stage, iteration=it, loss=float(loss), syn_lr=float(synthetic.syn_lr))
-            progress.update(loss=loss, best=f"{best['accuracy']:.2f} %")
+            progress.update(loss=loss)
         progress.close()
         log.close()
     summary = {"stage": stage, **names.selection(vars(args))}

@@ -4,6 +4,8 @@ The files are results/{dataset}/{folder}/interval_{i}_data.pt: [images (N, C, H,
 class, and what stands beside them.
 """
 
+import contextlib
+
 import torch
 
 from . import forgetting, multi_formation, options, training
@@ -13,7 +15,7 @@ from .results.provenance import DATA, check_result
 from .run import distributed, files
 from .run.checkpoint import Checkpoint, finish_each, forget_finished
 from .run.errors import UserError
-from .run.log import Log, log0, print0, read_rows
+from .run.log import Log, Progress, log0, print0, read_rows
 from .run.streams import stream
 from .stages import staged_accuracies
 from .synthetic import empty_set, init_subset, load_idc, save_idc
@@ -227,7 +229,10 @@ def evaluate(run, stage, done, synthetic):
     def train(k):
         keys = ("evaluation", stage - 1, done, k)
         network, test = run.new_network(*keys), run.real.selection
-        accuracies = staged_accuracies(network, unions, lambda _: config, test, args.seed, keys, carry=False)
+        with contextlib.closing(Progress(stage * config.epochs, f"evaluation, network {k + 1}, epoch")) as progress:
+            accuracies = staged_accuracies(
+                network, unions, lambda _: config, test, args.seed, keys, carry=False, progress=progress
+            )
         if args.save_ckpt:
             path = run.folder / f"interval_{stage - 1}_network_{k}.pt"
             files.save(path, training.state_on_cpu(network))

@@ -1,5 +1,6 @@
 """What stages need of networks: the transition between two of them, and training on the unions in their order."""
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -39,15 +40,19 @@ def train_and_test(make_network, count, images, config, test, seed, keys, folder
         List of `count` accuracies in percent.
     """
 
-    def train(numbers):
-        members = [make_network(k) for k in numbers]
-        training.train_together(members, images, config, seed, [(*keys, k) for k in numbers])
-        return [training.accuracy(member, test) for member in members]
-
     # On a GPU the networks of a rank train as one.
     hands = distributed.deal(range(count)) if images.labels.is_cuda else [(k,) for k in range(count)]
     key = [seed, list(keys), images.images, config.lr, config.epochs]
-    found = finish_each(folder, "evaluation", key, hands, train)
+    with contextlib.closing(Progress(len(distributed.share(range(count))), "evaluation, network")) as progress:
+
+        def train(numbers):
+            members = [make_network(k) for k in numbers]
+            training.train_together(members, images, config, seed, [(*keys, k) for k in numbers])
+            accuracies = [training.accuracy(member, test) for member in members]
+            progress.update(len(members), accuracy=accuracies[-1])
+            return accuracies
+
+        found = finish_each(folder, "evaluation", key, hands, train)
     accuracies = dict(zip(itertools.chain(*hands), itertools.chain(*found), strict=True))
     return [accuracies[k] for k in range(count)]
 
@@ -81,7 +86,7 @@ def transition(make_network, experts, union, config, real, real_config, folder, 
     distributed.on_rank0(writer.merge)
 
 
-def staged_accuracies(network, unions, config_of, test, seed, keys, carry=True, checks=1):
+def staged_accuracies(network, unions, config_of, test, seed, keys, carry=True, checks=1, progress=None):
     """Train one network on union 1, then union 2, …, and test it after each.
 
     Args:
@@ -92,6 +97,7 @@ def staged_accuracies(network, unions, config_of, test, seed, keys, carry=True, 
         seed, keys: of the random streams; each stage adds its index.
         carry: carry the momentum of SGD on from union to union.
         checks: how often to test in each stage, at equal distances; the last time at its end.
+        progress: `Progress` that counts epochs; None for none.
 
     Returns:
         List of the accuracies in percent of each stage: a list of `checks` numbers for each.
@@ -101,9 +107,11 @@ def staged_accuracies(network, unions, config_of, test, seed, keys, carry=True, 
         config, found = config_of(index), []
         due = {round(config.epochs * check / checks) - 1 for check in range(1, checks + 1)}
 
-        def test_if_due(epoch, _loss, due=due, found=found):
+        def test_if_due(epoch, loss, due=due, found=found):
             if epoch in due:
                 found.append(training.accuracy(network, test))
+            if progress:
+                progress.update(loss=loss)
 
         optimizer = optimizer if carry else None
         optimizer = training.train(network, union, config, seed, (*keys, index), optimizer, after_epoch=test_if_due)

@@ -14,13 +14,15 @@ from tests.conftest import PROJECT, make_tree
 
 README = (PROJECT / "README.md").read_text()
 # Added to the commands of README's own-images example, so that they end in seconds.
-SHORTER = {
-    "buffer_mtt.py": "--num_experts 2 --train_epochs 12",
-    "distill_mtt.py": "--Iteration 2 --num_eval 1 --override_epoch_eval_train 2",
-    "evaluate_mtt.py": "--num_experts 1 --num_eval 1 --epoch_eval_train 2 --skip_full",
-    "distill_idc.py": "--niter 0.1 --inner_loop 5 --epochs 5",
-    "evaluate_idc.py": "--niter 0.1 --inner_loop 5 --epochs 5 --repeat 1 --skip_full",
-}
+SHORTER = [
+    ("buffer_mtt.py", "--num_experts 2 --train_epochs 12"),
+    ("distill_mtt.py", "--Iteration 2 --num_eval 1 --override_epoch_eval_train 2"),
+    ("evaluate_mtt.py", "--num_experts 1 --num_eval 1 --epoch_eval_train 2 --skip_full"),
+    ("distill_idc.py", "--niter 0.1 --inner_loop 5 --epochs 5"),
+    ("evaluate_idc.py", "--niter 0.1 --inner_loop 5 --epochs 5 --repeat 1 --skip_full"),
+    ("distill_dm.py", "--Iteration 2 --epochs 5"),
+    ("evaluate_idc.py", "--Iteration 2 --epochs 5 --repeat 1 --skip_full"),
+]
 
 
 def example(heading, language):
@@ -43,9 +45,9 @@ def elsewhere(tmp_path_factory):
 def own_results(elsewhere):
     """The user's folder after README's own-images commands, made short."""
     commands = [shlex.split(line) for line in example("Your own images", "bash").splitlines() if line]
-    assert [words[1] for words in commands] == list(SHORTER)
-    for words in commands:
-        run = [sys.executable, PROJECT / words[1], *words[2:], *SHORTER[words[1]].split()]
+    for words, (script, shorter) in zip(commands, SHORTER, strict=True):
+        assert words[1] == script
+        run = [sys.executable, PROJECT / script, *words[2:], *shorter.split()]
         done = subprocess.run(run, cwd=elsewhere, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     return elsewhere
@@ -53,7 +55,7 @@ def own_results(elsewhere):
 
 def test_own_images_go_through_all_scripts(own_results):
     reports = [json.loads(path.read_text()) for path in own_results.glob("*/**/report.json")]
-    assert [found["dataset"] for found in reports] == ["pets", "pets"]
+    assert [found["dataset"] for found in reports] == ["pets"] * 3
 
 
 @pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="pip needs setuptools to install from here")

@@ -5,6 +5,7 @@ Names and defaults are those of the published code (MTT, IDC and PDD). An option
 """
 
 import argparse
+import difflib
 import math
 import sys
 
@@ -60,6 +61,14 @@ class Parser(argparse.ArgumentParser):
             return declared.get(name.replace("-", "_"), name) + equals + value
 
         return super().parse_known_args([*map(respell, sys.argv[1:] if args is None else args)], namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1, cutoff=0.7)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return found
 
     def add_options(self, title, rows):
         """Add a group of options from a table; a fifth column holds further arguments of `add_argument`."""

@@ -14,7 +14,7 @@ from ..run.errors import UserError
 from ..run.log import log0
 from . import names
 from .formats import read_image
-from .report import GRID_COLUMNS, table_rows
+from .report import GRID_COLUMNS, accuracy_text, table_rows
 
 REPORT = "report.json"
 WHAT = "the report of evaluate_mtt.py or evaluate_idc.py"
@@ -155,7 +155,7 @@ def rows(results):
 def as_markdown(results, plus_minus="±"):
     """Return the table as Markdown, and below it the folders by the numbers of the results."""
     headers = [*COLUMNS[:6], "accuracy (%)", "networks"]
-    lines = [[*words, f"{mean:.2f} {plus_minus} {std:.2f}", count] for *words, mean, std, count in rows(results)]
+    lines = [[*words, accuracy_text(mean, std, count, plus_minus), count] for *words, mean, std, count in rows(results)]
     table = tabulate(lines, headers, "github", disable_numparse=True)
     return table + "\n\n" + "\n".join(f"{number}. {result.folder}" for number, result in enumerate(results, 1))
 

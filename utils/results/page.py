@@ -12,7 +12,7 @@ from ..run.errors import UserError, one_line
 from ..synthetic import load_idc
 from . import hours, known
 from .load import load_stage
-from .report import SELECTED, table_rows
+from .report import SELECTED, accuracy_text, table_rows
 
 WIDTH, HEIGHT = 440, 270  # of a chart's coordinates
 LEFT, RIGHT, TOP, BOTTOM = 60, 10, 10, 40  # its margins
@@ -26,6 +26,7 @@ def render(results):
     shown = [_describe(number, result) for number, result in enumerate(results, 1)]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals["accuracy_text"] = accuracy_text
     return environment.get_template("page.html").render(
         results=shown,
         accuracy=_accuracy_charts(shown),

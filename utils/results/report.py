@@ -169,16 +169,21 @@ def plus_minus():
     return "±"
 
 
+def accuracy_text(mean, std, networks, sign="±"):
+    """Return "mean ± std" in percent; of a single network, which has no spread, the mean alone."""
+    return f"{mean:.2f} {sign} {std:.2f}" if networks > 1 else f"{mean:.2f}"
+
+
 def table(report):
     """Return the text table of a report (the dict of report.json)."""
     found, sign = table_rows(report), plus_minus()
     checks = max((row["best"][2] or 0 for row in found), default=0)
     columns = {"network": [row["network"] for row in found], "trained on": [row["trained_on"] for row in found]}
     columns |= {"images per class": [row["ipc"] for row in found]}
-    columns |= {"accuracy (%)": [f"{row['mean']:.2f} {sign} {row['std']:.2f}" for row in found]}
-    best = [f"{mean:.2f} {sign} {std:.2f}" if known else "" for mean, std, known in (row["best"] for row in found)]
+    columns |= {"accuracy (%)": [accuracy_text(row["mean"], row["std"], row["networks"], sign) for row in found]}
+    best = [accuracy_text(*row["best"][:2], row["networks"], sign) if row["best"][2] else "" for row in found]
     columns |= {f"best of {checks} (%)": best} if checks else {}
-    for name, key, form in (("over random", "over_random", "{:+.2f}"), ("of full (%)", "share_of_full", "{:.1f}")):
+    for name, key, form in (("over random", "over_random", "{:+z.2f}"), ("of full (%)", "share_of_full", "{:.1f}")):
         if any(row[key] is not None for row in found):
             columns[name] = ["" if row[key] is None else form.format(row[key]) for row in found]
     columns["networks"] = [row["networks"] for row in found]
