@@ -43,6 +43,8 @@ RUN_BY = {
         "python evaluate_mtt.py --dataset folder": "test_own_images_go_through_all_scripts",
         "python distill_idc.py -d folder": "test_own_images_go_through_all_scripts",
         "python evaluate_idc.py -d folder": "test_own_images_go_through_all_scripts",
+        "python distill_dm.py -d folder": "test_own_images_go_through_all_scripts",
+        "python evaluate_idc.py --method dm -d folder": "test_own_images_go_through_all_scripts",
     },
     "runs/test_distributed.py": {
         "torchrun": "test_stages_agree_with_one_process_to_rounding",
