@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import networks
 from benchmarks import baseline, harness
@@ -31,15 +32,17 @@ NO_LAUNCH = (torch.ops.aten.detach.default, torch.ops.aten._unsafe_view.default)
 
 
 class Count(TorchDispatchMode):
-    """Counts operations that are no views."""
+    """Counts operations on the device that are no views; those on the CPU launch nothing."""
 
     def __init__(self):
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view and function not in NO_LAUNCH
-        return function(*args, **(kwargs or {}))
+        made = function(*args, **(kwargs or {}))
+        launched = any(isinstance(value, torch.Tensor) and value.is_meta for value in tree_leaves((made, args)))
+        self.count += launched and not function.is_view and function not in NO_LAUNCH
+        return made
 
 
 def counted(work):

@@ -78,8 +78,8 @@ class DSA:
             (B, C, H, W).
         """
         for name, u in draw:
-            u = u.to(device=x.device, dtype=x.dtype, non_blocking=True)
-            x = OPERATIONS[name](x, u, self.align_corners)
+            # What u decides is worked out on the CPU, so that a device has little to launch.
+            x = OPERATIONS[name](x, u.to(x.dtype), self.align_corners)
         return x
 
 
@@ -115,17 +115,20 @@ def without(strategy, entry):
     return "_".join(name for name in strategy.split("_") if name != entry) or "none"
 
 
-def _per_image(u, column):
-    return u[:, column].view(-1, 1, 1, 1)
+def _like(x, values):
+    """Return `values`, a small tensor from the CPU, on the device of x, which is not waited for."""
+    return values.to(x.device, non_blocking=True)
 
 
 def color(x, u, _align_corners):
     """Brightness, then saturation, then contrast."""
-    x = x + (_per_image(u, 0) - 0.5) * BRIGHTNESS
+    values = torch.stack([(u[:, 0] - 0.5) * BRIGHTNESS, u[:, 1] * SATURATION, u[:, 2] + CONTRAST])
+    brightness, saturation, contrast = _like(x, values)[:, :, None, None, None].unbind()
+    x = x + brightness
     mean = x.mean(dim=1, keepdim=True)
-    x = (x - mean) * (_per_image(u, 1) * SATURATION) + mean
+    x = (x - mean) * saturation + mean
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
-    return (x - mean) * (_per_image(u, 2) + CONTRAST) + mean
+    return (x - mean) * contrast + mean
 
 
 def _shift_matrices(shift, size, like):
@@ -149,14 +152,14 @@ def _shifted(x, shift):
 def crop(x, u, _align_corners):
     """Shift by a whole number of pixels on each axis, filling with zeros."""
     reach = int(x.shape[-1] * CROP_PAD + 0.5)
-    return _shifted(x, _uniform_integers(u[:, :2], 2 * reach + 1) - reach)
+    return _shifted(x, _like(x, _uniform_integers(u[:, :2], 2 * reach + 1) - reach))
 
 
 def cutout(x, u, _align_corners):
     """Zero a square; its centre is uniform over the image."""
     size = x.shape[-1]
     side = int(size * CUTOUT + 0.5)
-    first = _uniform_integers(u[:, :2], size + (1 - side % 2))[:, :, None] - side // 2
+    first = _like(x, _uniform_integers(u[:, :2], size + (1 - side % 2))[:, :, None] - side // 2)
     place = torch.arange(size, device=x.device)
     rows, columns = ((place >= first) & (place < first + side)).unbind(1)
     return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
@@ -164,12 +167,12 @@ def cutout(x, u, _align_corners):
 
 def flip(x, u, _align_corners):
     """Flip left and right with probability one half."""
-    return torch.where(_per_image(u, 0) < FLIP, x.flip(3), x)
+    return torch.where(_like(x, u[:, 0] < FLIP)[:, None, None, None], x.flip(3), x)
 
 
 def _sample(x, matrix, align_corners, mode="bilinear"):
     """Resample x (B, C, H, W) at the places that `matrix` (n, 2, 2 or 3), n 1 or B, maps the output grid to."""
-    theta = F.pad(matrix, (0, 3 - matrix.shape[2])).expand(len(x), 2, 3)
+    theta = _like(x, F.pad(matrix, (0, 3 - matrix.shape[2]))).expand(len(x), 2, 3)
     grid = F.affine_grid(theta, x.shape, align_corners=align_corners)
     return F.grid_sample(x, grid, mode=mode, padding_mode="zeros", align_corners=align_corners)
 
@@ -195,8 +198,8 @@ def rotate(x, u, align_corners):
 def translate(x, u, align_corners):
     """Shift by any share of the crop's reach on each axis, filling with zeros."""
     shift = (u[:, :2] - 0.5) * (4 * CROP_PAD)  # of the half-width, which is the unit of affine grids
-    identity = torch.eye(2, device=x.device, dtype=x.dtype).expand(len(u), 2, 2)
-    return _sample(x, torch.cat([identity, shift[:, :, None]], dim=2), align_corners)
+    matrix = torch.cat([torch.eye(2, dtype=x.dtype).expand(len(u), 2, 2), shift[:, :, None]], dim=2)
+    return _sample(x, matrix, align_corners)
 
 
 OPERATIONS = {
