@@ -14,6 +14,7 @@ from utils import forgetting, training
 from utils.augment import DSA
 from utils.data import datasets
 from utils.results.load import load_distilled
+from utils.run.files import human_bytes
 from utils.synthetic import SyntheticSet, empty_set, load_mtt
 from utils.trajectories import Experts, load_buffer
 from utils.trajectory_matching import TrajectoryMatcher
@@ -42,6 +43,35 @@ def distil(run, buffers, tmp_path):
         return tmp_path / "Digits" / EXPERIMENT
 
     return distil
+
+
+@pytest.mark.parametrize(
+    "words,option,epochs",  # entries of a trajectory: start epochs, expert epochs and 2, of stages 2 and 3
+    [
+        ([], "max_start_epoch = 2", [2, 2]),
+        (["--start_epochs", "0:2,1:3,2:4"], "start_epochs = ((0, 2), (1, 3), (2, 4))", [3, 4]),
+        (["--soft_labels", "--lr_label", "2"], "lr_label = 2.0", [2, 2]),
+        (["--grow_start_epoch", "3"], "grow_start_epoch = 3", [2, 2]),
+        (["--ipc", "3,1,1"], "ipc = (3, 1, 1)", [2, 2]),
+        (["--syn_lr_form", "exp", "--clip_grad", "0.5"], "syn_lr_form = exp", [2, 2]),
+        (["--ema", "0.9"], "ema = 0.9", [2, 2]),
+    ],
+)
+def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(
+    words, option, epochs, buffers, tmp_path, capsys, monkeypatch
+):
+    paths = ["--buffer_path", buffers, "--root_log_dir", tmp_path / "logged", "--dry_run"]
+    monkeypatch.setattr("sys.argv", ["distill_mtt.py", *map(str, [*STAGES, *SHORT, *paths, *words])])
+    distill_mtt.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert f"option  {option}" in lines
+    assert [line for line in lines if line.startswith("steps")] == [
+        "steps   3 stages of 5 iterations of 4 student steps"
+    ]
+    numbers = sum(p.numel() for p in distill_mtt.networks.get_network("ConvNetW32", 1, 10, 8).parameters())
+    disk = 4 * numbers * sum(count + 4 for count in epochs) * 3  # float32, of three experts
+    assert f"disk    {human_bytes(disk)}" in lines
+    assert not (tmp_path / "logged").exists()
 
 
 def best_images(folder, stage):
