@@ -57,14 +57,15 @@ def matching(place, name):
     return [path for path in place.rglob("*") if re.fullmatch(name, path.name)]
 
 
-@pytest.mark.parametrize("kill", [False, True], ids=["told", "killed"])
 @pytest.mark.parametrize("script", small.SCRIPTS)
-def test_every_file_of_a_script(script, kill, reference, tmp_path):
+def test_every_file_of_a_script(script, reference, tmp_path):
+    """In turns the script is told that the file is too large, and killed; another script begins with the other."""
     place = tmp_path / "place"
     place.mkdir()
     reference.prepare(script, place)
     words = small.arguments(script, place)
-    for name, turn, often in FILES[script]:
+    for number, (name, turn, often) in enumerate(FILES[script], small.SCRIPTS.index(script)):
+        kill = number % 2 == 1
         before = {path: path.read_bytes() for path in matching(place, name)}
         minutes = ["--checkpoint_minutes", 0 if often else 10]
         ended = run(script, [*words, *minutes], fault_in(name, turn, place, kill))
