@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -76,10 +75,11 @@ def pytest_sessionfinish(session):
         Path(path).write_text("\n".join([*lines, "", f"{len(rows)} inputs in all."]) + "\n")
 
 
-def run_script(script, *arguments, check=True, **options):
-    """Run a script of the project (or `-m` and a module) as a user does; returns the finished process."""
-    command = [sys.executable, script if script == "-m" else str(PROJECT / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=options.pop("cwd", PROJECT), **options)
+def run_script(script, *arguments, check=True):
+    """Run a script of the project; returns the finished process. It begins as those of tests/support/killer.py do."""
+    from tests.support import killer
+
+    done = killer.run_plain(script, arguments)
     if check and done.returncode:
         raise AssertionError(f"{script} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done

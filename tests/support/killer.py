@@ -24,14 +24,16 @@ import resource
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from tests.conftest import PROJECT, files_of
 
 # They hold options that a test changes.
 UNLIKE = ("config.json", "buffer.json", "args.txt")
-MODULES = ["torch", "torchvision.utils", "PIL.Image", "PIL.PngImagePlugin", "sklearn.datasets",
+MODULES = ["torch", "torch._dynamo", "torchvision.utils", "PIL.Image", "PIL.PngImagePlugin", "sklearn.datasets",
            "sklearn.model_selection", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "tests.support.killer",
            "utils.evaluation", "utils.feature_matching", "utils.trajectory_matching", "utils.idc_runs",
            "utils.results.known", "utils.sizes"]  # fmt: skip
@@ -146,16 +148,30 @@ def _file_event(name, arguments):
     return None if temporary else f"remove {file}"
 
 
-def _child(script, arguments, output, log, trigger, user, folder):
-    """Become the script: what it prints goes to the connection `output`, its events to the connection `log`."""
+def _become(script, arguments, output, errors, folder):
+    """Give this process the command line of a script; what it prints goes to the files or connections given."""
     os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    output.close()
+    os.dup2(errors.fileno(), 2)
     # New objects: those of the server took its own files for theirs.
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - they stay open
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.argv = [script, *arguments]
     os.chdir(folder)
+
+
+def _plain(script, arguments, output, errors, folder, environment):
+    """Run the script in a process that nobody watches; `output` and `errors` are paths."""
+    with open(output, "w") as out, open(errors, "w") as err:
+        _become(script, arguments, out, err, folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    runpy.run_path(str(PROJECT / script), run_name="__main__")
+
+
+def _child(script, arguments, output, log, trigger, user, folder):
+    """Run the script; what it prints goes to the connection `output`, its events to the connection `log`."""
+    _become(script, arguments, output, output, folder)
+    output.close()
     if user is not None:
         os.setgroups([])
         os.setgid(user)
@@ -164,6 +180,15 @@ def _child(script, arguments, output, log, trigger, user, folder):
         trigger.arm()
     _watch(log.fileno(), trigger)
     runpy.run_path(str(PROJECT / script), run_name="__main__")
+
+
+def _start(context, target, *arguments):
+    """Return a process that has been forked from the server."""
+    context.set_forkserver_preload(MODULES)
+    with _environment(PYTHONPATH=str(PROJECT), MPLBACKEND="Agg"):  # of the server, when this starts it
+        process = context.Process(target=target, args=arguments)
+        process.start()
+    return process
 
 
 class Start:
@@ -179,16 +204,12 @@ class Start:
 
     def __init__(self, script, arguments, trigger=None, user=None, folder=PROJECT):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(MODULES)
         # Pipes, since a limit on files would hold for what is printed, too.
         self.output, output = context.Pipe(duplex=False)
         self.log, log = context.Pipe(duplex=False)
         fcntl.fcntl(log.fileno(), fcntl.F_SETPIPE_SZ, LOG_BYTES)  # it is read when the script has ended
-        with _environment(PYTHONPATH=str(PROJECT), MPLBACKEND="Agg"):  # of the server, when this starts it
-            self.process = context.Process(
-                target=_child, args=(script, [str(a) for a in arguments], output, log, trigger, user, folder)
-            )
-            self.process.start()
+        words = [str(argument) for argument in arguments]
+        self.process = _start(context, _child, script, words, output, log, trigger, user, folder)
         output.close()
         log.close()
 
@@ -253,6 +274,17 @@ def _environment(**values):
 def run(script, arguments, trigger=None, **options):
     """Run a script to its end; returns `Ended`. Arguments as for `Start`."""
     return Start(script, arguments, trigger, **options).wait()
+
+
+def run_plain(script, arguments, folder=PROJECT):
+    """Run a script to its end; returns a CompletedProcess, what it printed to stdout and to stderr apart."""
+    words, context = [str(argument) for argument in arguments], multiprocessing.get_context("forkserver")
+    with tempfile.TemporaryDirectory() as place:
+        printed = [Path(place) / name for name in ("stdout", "stderr")]
+        process = _start(context, _plain, script, words, *printed, folder, dict(os.environ))
+        process.join()
+        output, errors = (path.read_text() for path in printed)
+    return subprocess.CompletedProcess([script, *words], process.exitcode, output, errors)
 
 
 def run_killed(script, arguments, kills, whole, number=signal.SIGKILL, rng=None):
