@@ -10,7 +10,7 @@ data=${1:-data} out=${2:-quickstart_cifar10}
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 common=(-d cifar10 --data_dir "$data" --model ConvNetW32 --factor 2 --ipc 2 --num-intervals 5 --metric cf
-    --Iteration 300 --epochs 100 --buffer_path "$out/buffers" --results "$out")
+    --calibration 0.5 --Iteration 300 --epochs 100 --buffer_path "$out/buffers" --results "$out")
 
 python buffer_mtt.py --dataset CIFAR10 --data_path "$data" --model ConvNetW32 --num_experts 2 --train_epochs 6 \
     --lr_teacher 0.02 --mom 0.9 --buffer_path "$out/buffers"

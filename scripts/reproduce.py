@@ -47,7 +47,10 @@ TINY = {
     "dataset": "Tiny", "data_path": "data/tiny-imagenet-200", "model": "ConvNetD4", "lr_img": 10000, "lr_teacher": 0.01,
     "train_epochs": 24, "syn_steps": 20, "expert_epochs": 2, "max_start_epoch": 20, "lr_lr": 1e-04, "batch_syn": 64,
 }  # fmt: skip
-DM = {"model": "ConvNet", "factor": 2, "lr_teacher": 0.02, "mom": 0.9, "num_experts": 5, "train_epochs": 20}
+DM = {
+    "model": "ConvNet", "factor": 2, "lr_teacher": 0.02, "mom": 0.9, "num_experts": 5, "train_epochs": 20, "metric": "cf",
+    "calibration": 0.5,
+}  # fmt: skip
 TINY_FOLDERS = dict.fromkeys(("data_path", "data_dir"), "data/tiny-imagenet-200")
 PRESETS = {
     "cifar10-mtt-ipc10": CIFAR10 | {"syn_steps": 50, "expert_epochs": 2, "max_start_epoch": 5, "lr_lr": 1e-07},
@@ -89,7 +92,7 @@ SMALL = {
     },
     "idc": {"width": 0.25, "niter": 2, "inner_loop": 20, "n_data": 500, "lr_img": 0.25, "epochs": 100, "print-freq": 1,
         "eval_models": "self"},
-    "dm": {"model": "ConvNetW32", "num_experts": 2, "train_epochs": 8, "Iteration": 400, "metric": "cf", "epochs": 200,
+    "dm": {"model": "ConvNetW32", "num_experts": 2, "train_epochs": 8, "Iteration": 400, "epochs": 200,
         "eval_models": "self", "buffer_path": "buffers/small"},
 }  # fmt: skip
 SMALL_ONESHOT = {
