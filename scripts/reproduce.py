@@ -48,8 +48,8 @@ TINY = {
     "train_epochs": 24, "syn_steps": 20, "expert_epochs": 2, "max_start_epoch": 20, "lr_lr": 1e-04, "batch_syn": 64,
 }  # fmt: skip
 DM = {
-    "model": "ConvNet", "factor": 2, "lr_teacher": 0.02, "mom": 0.9, "num_experts": 5, "train_epochs": 20, "metric": "cf",
-    "calibration": 0.5,
+    "model": "ConvNet", "factor": 2, "lr_teacher": 0.02, "mom": 0.9, "num_experts": 5, "train_epochs": 20,
+    "metric": "cf", "calibration": 0.5,
 }  # fmt: skip
 TINY_FOLDERS = dict.fromkeys(("data_path", "data_dir"), "data/tiny-imagenet-200")
 PRESETS = {
