@@ -26,6 +26,8 @@ ROWS = {
     "random_soft": "random_soft",
     "full": "full",
 }
+# Rows whose networks are trained as those of another one.
+ORIGINS = {"hard": "distilled", "random_soft": "random"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,27 +92,35 @@ class Evaluation:
         return report.comparable(self.config) | {"images": digest[:12]}
 
 
-def train_and_test(shared, model, kind, k):
-    """Train network k for one row; returns a list of stages, each the list of its accuracies in percent."""
-    origin = {"hard": "distilled", "random_soft": "random"}.get(kind, kind)
+def configs_of(model, kind):
+    """Return the `TrainConfig`s of one row's networks, one for each union."""
+    return model.configs[ORIGINS.get(kind, kind)]
+
+
+def train_and_test(shared, model, kind, k, progress):
+    """Train network k for one row; returns a list of stages, each the list of its accuracies in percent.
+
+    `progress` counts its epochs.
+    """
+    origin, configs = ORIGINS.get(kind, kind), configs_of(model, kind)
     published = origin in ("distilled", "random", "full")
     network = model.network(k) if published or not model.fresh else model.fresh(k)
     # Fresh starts and other lengths draw as the published row does: the start alone differs, or the length.
     stream = origin if published or kind == "last union" else "distilled"
-    configs, keys = model.configs[origin], (stream, model.name, k)
+    keys, test = (stream, model.name, k), shared.real.test
     if kind == "full":
-        with contextlib.closing(Progress(configs[0].epochs, f"{model.name}, full training set, epoch")) as progress:
-            after = lambda _epoch, loss: progress.update(loss=loss)  # noqa: E731
-            training.train(network, shared.real.train, configs[0], shared.seed, keys, after_epoch=after)
-        return [[training.accuracy(network, shared.real.test)]]
+        after = lambda _epoch, loss: progress.update(loss=loss)  # noqa: E731
+        training.train(network, shared.real.train, configs[0], shared.seed, keys, after_epoch=after)
+        return [[training.accuracy(network, test)]]
     unions = {"hard": shared.hard_unions, "last union": shared.unions[-1:]}.get(kind, shared.unions)
     if origin == "random":
         unions = random_unions(shared.real, shared.ipc_totals, shared.seed, (k,))
     if kind == "random_soft":
         for union in unions:
             union.labels = shared.soften(union.images)
-    test, config_of = shared.real.test, configs.__getitem__
-    accuracies = staged_accuracies(network, unions, config_of, test, shared.seed, keys, checks=shared.checks)
+    accuracies = staged_accuracies(
+        network, unions, configs.__getitem__, test, shared.seed, keys, checks=shared.checks, progress=progress
+    )
     if kind == "distilled" and model.save:
         model.save(k, network)
     return accuracies
@@ -142,11 +152,12 @@ def evaluate(shared, model, earlier):
         if not tasks or (known and report.network_count(known) == len(tasks) and not saves):
             found[row] = known
             continue
-        with contextlib.closing(Progress(len(distributed.share(tasks)), f"{model.name}, {kind}, network")) as progress:
+        epochs = len(distributed.share(tasks)) * sum(config.epochs for config in configs_of(model, kind))
+        with contextlib.closing(Progress(epochs, f"{model.name}, {kind}, {len(tasks)} networks, epoch")) as progress:
 
             def work(k, kind=kind, progress=progress):
-                accuracies = train_and_test(shared, model, kind, k)
-                progress.update(accuracy=accuracies[-1][-1])
+                accuracies = train_and_test(shared, model, kind, k, progress)
+                progress.update(0, accuracy=accuracies[-1][-1])  # of the latest finished network
                 return accuracies
 
             key = [kind, model.name, shared.key]

@@ -193,7 +193,7 @@ def test_an_evaluation_that_continues_says_what_is_done(evaluate, distilled, mon
 
     monkeypatch.setattr(training, "accuracy", stop_in_the_third)
     status, message = evaluate(*words)
-    assert status == 130 and re.search(r"ConvNetW32, distilled, network 2/3", message)
+    assert status == 130 and re.search(r"ConvNetW32, distilled, 3 networks, epoch \d+/36, loss=\S+, accuracy=", message)
     monkeypatch.setattr(training, "accuracy", accuracy)
     status, message = evaluate(*words)
     assert status == 0 and "distilled-ConvNetW32: 2 of 3 done already" in message

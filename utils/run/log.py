@@ -50,19 +50,22 @@ class Progress:
         if not sys.stderr.isatty():
             plain = "{desc} {n_fmt}/{total_fmt}{postfix}, {remaining} left"
             style = {"file": _Lines(), "mininterval": PLAIN_SECONDS, "miniters": 1, "bar_format": plain}
-        hidden = not distributed.is_rank0()
+        hidden, self.values = not distributed.is_rank0(), {}
         self.bar = tqdm(total=total, initial=start, desc=label, position=0, disable=hidden, **style)
 
     def update(self, count=1, **values):
-        """Count `count` more and show values (numbers or strings) beside the count."""
+        """Count `count` more and show the latest values (numbers or strings) beside the count."""
         if self.bar.disable:
             return
+        self.values |= values
         # Formatting a number waits for the device: only if it will be shown.
-        ends = self.bar.n + count >= self.bar.total
-        if values and (ends or self.bar._time() - self.bar.last_print_t >= self.bar.mininterval):
-            shown = {k: v if isinstance(v, str) else f"{float(v):.4g}" for k, v in values.items()}
-            self.bar.set_postfix(shown, refresh=False)
+        if self.bar._time() - self.bar.last_print_t >= self.bar.mininterval:
+            self._format()
         self.bar.update(count)
+
+    def _format(self):
+        shown = {k: v if isinstance(v, str) else f"{float(v):.4g}" for k, v in self.values.items()}
+        self.bar.set_postfix(shown, refresh=False)
 
     def say(self, text):
         """Print one line without breaking the bar."""
@@ -70,7 +73,9 @@ class Progress:
             tqdm.write(text, file=sys.stderr)
 
     def close(self):
-        self.bar.close()
+        if not self.bar.disable:
+            self._format()
+            self.bar.close()
 
 
 class Log:
