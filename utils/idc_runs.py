@@ -134,7 +134,7 @@ class Run:
         return Log(self.log_path(stage), self.args.wandb, vars(self.args))
 
     def save(self, stage, done, synthetic):
-        """Write the union and the picture of its newest images; pixels are in [0, 1]."""
+        """Write the union and a grid of its newest images; pixels are in [0, 1]."""
         if distributed.is_rank0():
             save_idc(self.folder, stage, synthetic.clamped(), self.real.info.num_classes)
         self.save_grid(stage, f"img{done}", synthetic)
