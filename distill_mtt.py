@@ -250,7 +250,7 @@ class Run:
             check_result(self.experiment, self.real.info)
         experts = self.experts(first)
         self.union(first - 1)
-        self.initial_images(self.real, first)
+        self.initial_images(self.real, max(range(first, args.num_intervals + 1), key=lambda p: self.ipcs[p - 1]))
         options.warn_of_few_images(self.real, ipc=sum(self.ipcs))
         warn_of_seen_images(buffers, options.held_out_fraction(args))
         if any(True for _ in self.student.network.buffers()) and distributed.size() > args.trajectories_per_iteration:
@@ -278,7 +278,9 @@ class Run:
     def experts(self, stage):
         args = self.args
         entries = sizes.mtt_start_epochs(vars(args), stage).stop + args.expert_epochs
-        chosen = args.max_files, args.max_experts, args.load_all, stream(args.seed, "files", stage)
+        # A transition goes on with those that were chosen, so it leaves nothing more to choose.
+        most = (args.max_files, args.max_experts) if stage == 1 else (None, None)
+        chosen = *most, args.load_all, stream(args.seed, "files", stage)
         return Experts(self.buffers(stage), self.student.shapes, entries, args.model, *chosen)
 
     def real_data(self, stage):

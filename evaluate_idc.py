@@ -73,7 +73,7 @@ def main():
     real = method.load_data(args, device)
     read = read_other if args.slct_type in LOADERS else read_idc
     inputs, unions, datasets, select_on = read(args, real, device)
-    folder = result_folder(args)
+    folder = report_folder(args)
     models = [eval_model(name, args, real, unions) for name in args.eval_models]
     if args.dry_run:
         size = sizes.idc_evaluation(vars(args), real.info, len(real.train))
@@ -87,6 +87,7 @@ def main():
         real=real,
         unions=datasets,
         ipc_totals=totals,
+        stages=list(range(args.num_intervals + 1 - len(totals), args.num_intervals + 1)),
         folder=folder,
         seed=args.seed,
         config=options.config_of(args),
@@ -100,11 +101,17 @@ def main():
 
 
 def result_folder(args):
-    """Return the folder of the result, which receives the report."""
+    """Return the folder of the result."""
     if args.slct_type in LOADERS:  # a file of another method
         path = Path(args.override_load_dir)
         return path.with_name(f"{path.stem}_evaluation")
     return Path(args.override_load_dir) if args.override_load_dir else METHODS[args.method].result_folder(args)
+
+
+def report_folder(args):
+    """Return the folder that receives the report; random real images in place of a result have one beside it."""
+    folder = result_folder(args)
+    return folder.with_name(f"{folder.name}_random") if args.slct_type == "random" else folder
 
 
 def read_idc(args, real, device):
@@ -154,7 +161,7 @@ def eval_model(name, args, real, unions):
         return [idc.train_config(args, epochs, lr_factor=0.5 if late else 1.0) for late in slow]
 
     def save(k, network):
-        files.save(result_folder(args) / f"evaluated_{title}_{k}.pt", training.state_on_cpu(network))
+        files.save(report_folder(args) / f"evaluated_{title}_{k}.pt", training.state_on_cpu(network))
 
     return EvalModel(
         name=title,

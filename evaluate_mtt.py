@@ -96,6 +96,7 @@ def main():
             real=real,
             unions=[union.dataset() for union in unions],
             ipc_totals=[len(union) // real.info.num_classes for union in unions],
+            stages=list(range(1, len(unions) + 1)),
             folder=experiment,
             seed=args.seed,
             config={**options.config_of(args), "starts": "experts" if starts else "random"},

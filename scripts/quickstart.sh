@@ -3,6 +3,7 @@
 # per class, evaluation. Results go to quickstart/ (or the folder given). Run it again to continue or to see the table.
 set -euo pipefail
 out=${1:-quickstart}
+[[ $# = 0 || $out = /* ]] || out=$PWD/$out # the next line leaves this folder
 . "$(dirname "$0")/environment.sh" requirements.txt
 
 export OMP_NUM_THREADS=1  # images of 8x8 pixels keep no second core busy

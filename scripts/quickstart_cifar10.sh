@@ -6,6 +6,8 @@
 #     bash scripts/quickstart_cifar10.sh [FOLDER] [RESULTS]
 set -euo pipefail
 data=${1:-data} out=${2:-quickstart_cifar10}
+[[ $# -lt 1 || $data = /* ]] || data=$PWD/$data # the next line but one leaves this folder
+[[ $# -lt 2 || $out = /* ]] || out=$PWD/$out
 . "$(dirname "$0")/environment.sh" requirements.txt
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}

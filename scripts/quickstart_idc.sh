@@ -3,6 +3,7 @@
 # digits, then evaluation. Results go to quickstart_idc/ (or the folder given). Run it again to continue.
 set -euo pipefail
 out=${1:-quickstart_idc}
+[[ $# = 0 || $out = /* ]] || out=$PWD/$out # the next line leaves this folder
 . "$(dirname "$0")/environment.sh" requirements.txt
 
 export OMP_NUM_THREADS=1  # images of 8x8 pixels keep no second core busy

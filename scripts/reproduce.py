@@ -49,7 +49,7 @@ TINY = {
 }  # fmt: skip
 DM = {
     "model": "ConvNet", "factor": 2, "lr_teacher": 0.02, "mom": 0.9, "num_experts": 5, "train_epochs": 20,
-    "metric": "cf", "calibration": 0.5,
+    "metric": "cf", "calibration": 0.5, "buffer_path": "buffers/dm",
 }  # fmt: skip
 TINY_FOLDERS = dict.fromkeys(("data_path", "data_dir"), "data/tiny-imagenet-200")
 PRESETS = {
@@ -93,7 +93,7 @@ SMALL = {
     "idc": {"width": 0.25, "niter": 2, "inner_loop": 20, "n_data": 500, "lr_img": 0.25, "epochs": 100, "print-freq": 1,
         "eval_models": "self"},
     "dm": {"model": "ConvNetW32", "num_experts": 2, "train_epochs": 8, "Iteration": 400, "epochs": 200,
-        "eval_models": "self", "buffer_path": "buffers/small"},
+        "eval_models": "self", "buffer_path": "buffers/small/dm"},
 }  # fmt: skip
 SMALL_ONESHOT = {
     "mtt": {"Iteration": 200 * STAGES, "eval_it": 100 * STAGES},
@@ -163,6 +163,7 @@ def main():
     end = words.index("--") if "--" in words else len(words)
     args, extra = parse(words[:end]), named(words[end + 1 :])
     rows = {row: steps_of(row, args, extra) for row in ([args.row] if args.row else ROWS)}
+    refuse_unknown(extra, [step for steps in rows.values() for step in steps], args.row or "any row")
     if args.dry_run and not args.list:
         print(*map(command, rows[args.row]), sep="\n")
     if args.list or args.dry_run:
@@ -235,15 +236,12 @@ def steps_of(row, args, extra):
     Args:
         row: name.
         args: this script's options.
-        extra: what `named` returned.
-
-    Raises:
-        UserError: no script of the row knows an option of `extra`.
+        extra: what `named` returned; a script that does not know an option goes without.
     """
     folders = dict.fromkeys(("data_path", "data_dir"), args.data_path) | {"buffer_path": args.buffer_path}
     folders |= dict.fromkeys(("root_log_dir", "save_path", "results"), args.root_log_dir)
     folders = {name: folder for name, folder in folders.items() if folder}
-    steps, known = [], set()
+    steps = []
     for script, preset in presets(row, args.scale, args.preset).items():
         first = ["--ipc", "1"] if script not in SCRIPTS["mtt"] else []
         method = ["--method", "dm"] if script == "evaluate_idc.py" and "-dm-" in row else []
@@ -252,13 +250,19 @@ def steps_of(row, args, extra):
         for name, value in (preset | folders | extra).items():
             if name.replace("-", "_") in declared and value is not False:
                 words += [f"--{name}", *(value if isinstance(value, list) else [] if value is True else [str(value)])]
-                known.add(name)
         steps.append(Step(script, words, options_of(script, words)))
-    if unknown := extra.keys() - known:
-        raise errors.UserError(
-            f"no script of {row} knows --{min(unknown)}; spell options out as its scripts' --help does"
-        )
     return steps
+
+
+def refuse_unknown(extra, steps, what):
+    """Refuse options of `extra` that none of `steps` knows; `what` is the name of these steps together.
+
+    Raises:
+        UserError: there is such an option.
+    """
+    known = {name for step in steps for name in vars(step.args)}
+    if unknown := [name for name in extra if name.replace("-", "_") not in known]:
+        raise errors.UserError(f"no script of {what} knows --{unknown[0]}; spell options out as their --help does")
 
 
 def options_of(script, words):

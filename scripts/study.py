@@ -53,15 +53,22 @@ def parse(words):
     parser.add_argument("--data_path", help="folder of the data set, instead of the scripts' default")
     parser.add_argument("--out", default="studies", help="folder of experts, results and tables")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, then stop")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    if unknown := set(args.methods.split(",")) - reproduce.SCRIPTS.keys():
+        parser.error(f"--methods: expected names out of {', '.join(reproduce.SCRIPTS)}, found {min(unknown)!r}")
+    return args
 
 
 def main():
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     args, extra = parse(words[:end]), reproduce.named(words[end + 1 :])
+    if own := {"seed", "tag", "ipc"} & extra.keys():
+        raise errors.UserError(f"--{min(own)} after --: the study gives its runs this option; leave it out")
     runs = dict(setting(*shape, args, extra) for shape in shapes_of(args))
-    commands = commands_of([steps for many in runs.values() for steps in many])
+    everything = [steps for many in runs.values() for steps in many]
+    reproduce.refuse_unknown(extra, [step for steps in everything for step in steps], args.name)
+    commands = commands_of(everything)
     if args.dry_run:
         print(*(reproduce.command(step) for step, *_ in commands.values()), sep="\n")
         return
@@ -69,7 +76,7 @@ def main():
     signals.listen()
     with files.locked(out, alone=False):
         run_all(commands, args.jobs, out / "log.txt")
-        for steps in (steps for many in runs.values() for steps in many):
+        for steps in everything:
             if steps[0].script == "buffer_mtt.py":  # the experts' hours, beside the result's own
                 hours.copy(folder_of(steps[0]), folder_of(steps[-1]))
         folders = {label: [folder_of(steps[-1]) for steps in many] for label, many in runs.items()}
@@ -84,23 +91,16 @@ def main():
 
 
 def shapes_of(args):
-    """Return the settings of a study as (row, stages, share of iterations, experts), the last as STUDIES has them.
-
-    Raises:
-        UserError: reproduce.py has rows for none of the --methods.
-    """
+    """Return the settings of a study as (row, stages, share of iterations, experts), the last as STUDIES has them."""
     totals, shapes, experts = STUDIES[args.name]
     methods = ["mtt"] if args.name == "experts" else args.methods.split(",")
     rows = [f"cifar10-{method}-ipc{total}" for method in methods for total in totals]
-    rows = [row for row in rows if row in reproduce.PRESETS]
-    if not rows:
-        raise errors.UserError(f"--methods {args.methods}: expected base methods that reproduce.py has rows for")
-    return [(row, *shape, count) for row in rows for shape in shapes for count in experts]
+    return [(row, *shape, n) for row in rows if row in reproduce.PRESETS for shape in shapes for n in experts]
 
 
 def setting(row, stages, share, experts, args, extra):
     """Return (label, [steps of each seed]) of the images of `row` in `stages` stages of `share` × its iterations."""
-    steps = reproduce.steps_of(row, places(args, 0, 0), extra)
+    method, steps = row.split("-")[1], reproduce.steps_of(row, places(args, 0), extra)
     before, experts = vars(steps[-2].args), experts or getattr(steps[0].args, "num_experts", None)
     ipc = before["ipc"] * before["num_intervals"] // stages
     changed = {name: round(before[name] * share) for name in ("Iteration", "eval_it") if name in before}
@@ -109,15 +109,15 @@ def setting(row, stages, share, experts, args, extra):
     if args.scale == "small" and "lr_img_scaled" in before:  # an image moves as far in a sweep, as in reproduce.SMALL
         changed["lr_img"] = f"{before['lr_img'] * before['ipc'] / ipc:g}"
     length = " ".join(f"{name} {changed[name]}" for name in ("Iteration", "niter") if name in changed)
-    label, tag = f"{row.split('-')[1].upper()}, {stages} × {ipc}, {length}", f"{args.scale}_p{stages}_{length}"
+    label, tag = f"{method.upper()}, {stages} × {ipc}, {length}", f"{args.scale}_p{stages}_{length}"
     if experts:
         label, tag, changed["num_experts"] = f"{label}, {experts} experts", f"{tag}_experts{experts}", experts
     changed |= {"ipc": ipc, "tag": tag.replace(" ", "")}
-    changed["num_intervals" if "-mtt-" in row else "num-intervals"] = stages
+    changed["num_intervals" if method == "mtt" else "num-intervals"] = stages
     found = []
     for seed in range(args.seeds):
         words = {name: [str(value)] for name, value in (changed | {"seed": seed}).items()}
-        steps = reproduce.steps_of(row, places(args, seed, experts), extra | words)
+        steps = reproduce.steps_of(row, places(args, seed, f"{method}{experts}"), extra | words)
         if steps[-1].script == "evaluate_mtt.py":  # evaluations have as many networks, however many experts there are
             count = extra.get("num_experts", [reproduce.OWN[args.scale]["evaluate_mtt.py"]["num_experts"]])[0]
             words = [*steps[-1].words, "--num_experts", str(count)]
@@ -126,10 +126,10 @@ def setting(row, stages, share, experts, args, extra):
     return label, found
 
 
-def places(args, seed, experts):
-    """Return reproduce.py's options of the folders of one seed; another number of experts has a folder of its own."""
+def places(args, seed, experts=""):
+    """Return reproduce.py's options of the folders of one seed; `experts` tells apart those that are not the same."""
     root = Path(args.out) / args.scale / f"seed{seed}"
-    folders = {"buffer_path": str(root / f"buffers{experts}"), "root_log_dir": str(root / "results")}
+    folders = {"buffer_path": str(root / f"buffers_{experts}"), "root_log_dir": str(root / "results")}
     return argparse.Namespace(scale=args.scale, data_path=args.data_path, preset=None, **folders)
 
 
@@ -174,39 +174,40 @@ def run_all(commands, jobs, log):
     """
     left, running = dict(commands), {}
     environment = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} | os.environ
-    devices = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = visible.split(",") if torch.cuda.device_count() > 1 else [None]
     try:
         while left or running:
             undone = {*left, *(words for words, *_ in running.values())}
             ready = [words for words, (*_, after) in left.items() if after not in undone]
             for words in ready[: jobs - len(running)]:
                 log0(f"$ {reproduce.command(left.pop(words)[0])}")
-                if devices > 1:
-                    environment["CUDA_VISIBLE_DEVICES"] = str(list(commands).index(words) % devices)
+                gpu = min(gpus, key=[used for *_, used in running.values()].count)  # the one that does least
+                environment |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
                 with open(log, "ab") as out:
                     whole = [sys.executable, reproduce.PROJECT / words[0], *words[1:]]
                     process = subprocess.Popen(whole, stdout=out, stderr=out, env=environment, process_group=0)
-                running[process.pid] = words, process, time.monotonic()
+                running[process.pid] = words, process, time.monotonic(), gpu
             words, status = finish_one(running, commands)
             if status:
                 raise errors.UserError(
                     f"{words[0]} ended with status {status}: {log} says why; the same command continues the study"
                 )
     finally:
-        for _, process, _ in running.values():
+        for _, process, *_ in running.values():
             process.terminate()
         while running:
             finish_one(running, commands)
 
 
 def finish_one(running, commands):
-    """Wait until one of `running` ({pid: (words, process, when it began)}) ends; its hours are added to its folder's.
+    """Wait until one of `running` ({pid: (words, process, when it began, GPU)}) ends; its hours go to its folder's.
 
     Returns:
         (words, exit status).
     """
     pid, status, used = os.wait4(-1, 0)
-    words, process, begun = running.pop(pid)
+    words, process, begun, _ = running.pop(pid)
     process.returncode = os.waitstatus_to_exitcode(status)
     step, folder, _ = commands[words]
     on_gpu = step.args.device.startswith("cuda") or (step.args.device == "auto" and torch.cuda.is_available())

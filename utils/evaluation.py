@@ -61,6 +61,7 @@ class Evaluation:
         real: `RealData`.
         unions: the distilled unions as `ImageDataset`s, in order.
         ipc_totals: images of each class in each of them.
+        stages: their numbers, from 1.
         folder: of the result; receives report.json, and each finished network if the evaluation is interrupted.
         seed: of the random streams.
         config: dict of the options that the accuracies depend on.
@@ -75,6 +76,7 @@ class Evaluation:
     real: object
     unions: list
     ipc_totals: list
+    stages: list
     folder: Path
     seed: int
     config: dict
@@ -152,8 +154,12 @@ def evaluate(shared, model, earlier):
         if not tasks or (known and report.network_count(known) == len(tasks) and not saves):
             found[row] = known
             continue
-        epochs = len(distributed.share(tasks)) * sum(config.epochs for config in configs_of(model, kind))
-        with contextlib.closing(Progress(epochs, f"{model.name}, {kind}, {len(tasks)} networks, epoch")) as progress:
+        epochs = sum(config.epochs for config in configs_of(model, kind))
+        label = f"{model.name}, {kind}, {len(tasks)} network{'s' * (len(tasks) > 1)}, epoch"
+        with contextlib.closing(Progress(epochs * len(tasks), label)) as progress:
+
+            def begin(mine, epochs=epochs, progress=progress):
+                progress.expect(epochs * len(mine))
 
             def work(k, kind=kind, progress=progress):
                 accuracies = train_and_test(shared, model, kind, k, progress)
@@ -161,9 +167,10 @@ def evaluate(shared, model, earlier):
                 return accuracies
 
             key = [kind, model.name, shared.key]
-            runs = finish_each(shared.folder, f"{kind}-{model.name}", key, tasks, work)
+            runs = finish_each(shared.folder, f"{kind}-{model.name}", key, tasks, work, begin)
         staged = kind in ("distilled", "fresh")
-        found[row] = report.stage_rows(shared.ipc_totals, runs) if staged else report.summary([run[-1] for run in runs])
+        last = [run[-1] for run in runs]
+        found[row] = report.stage_rows(shared.stages, shared.ipc_totals, runs) if staged else report.summary(last)
     others = sorted((int(kind.split()[0]), kind) for kind in found if kind not in ROWS.values())
     if others:
         found["lengths"] = [{**found.pop(kind), "epochs": epochs} for epochs, kind in others]

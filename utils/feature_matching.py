@@ -116,6 +116,8 @@ class FeatureMatcher:
         learned = self.synthetic.learned.detach().requires_grad_()
         loss, gradient = learned.new_zeros(()), torch.zeros_like(learned)
         own = list(distributed.share(range(classes)))
+        if any(True for _ in network.buffers()):  # statistics of a batch would depend on the number of ranks
+            own = list(range(classes if distributed.is_rank0() else 0))
         pixels = (self.batch_real + len(self.synthetic) // classes * config.factor**2) * learned.shape[-1] ** 2
         together = max(1, config.pass_pixels // pixels)  # classes
         for labels in (own[first : first + together] for first in range(0, len(own), together)):

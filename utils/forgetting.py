@@ -7,24 +7,16 @@ An image is forgotten if a network classifies it right after one epoch and wrong
 import numpy as np
 import torch
 
+from networks.reparam import set_flat
+
 from . import training
 from .run import files
-from .run.log import Progress
+from .run.log import Progress, log0
+from .run.streams import stream
+from .training import correct
 
 NETWORKS = 5  # whose forgetting is counted, at most
 FILE = "forgetting.pt"
-
-
-@torch.no_grad()
-def correct(network, images, batch_size=1024):
-    """Return which images of an `ImageDataset` `network` classifies right, (N,) bool on the CPU."""
-    network.eval()
-    found = []
-    for start in range(0, len(images), batch_size):
-        x, y = images.batch(slice(start, start + batch_size))
-        found.append((network(x).argmax(1) == y).cpu())
-    network.train()
-    return torch.cat(found)
 
 
 def hardness(history):
@@ -53,22 +45,23 @@ def expert_scores(network, experts, epochs, images):
         epochs: epochs of a trajectory to look at.
         images: `ImageDataset`, the real training images.
     """
+    # Trajectories hold no statistics of batches: a minibatch's own count, so the images come in random order.
+    order = torch.from_numpy(stream(0, "forgetting").permutation(len(images)))
+    images = images.subset(order.to(images.labels.device))
     for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # trajectories hold no statistics: a minibatch's own count
+        if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean = module.running_var = None
     count, total = min(len(experts), NETWORKS), torch.zeros(len(images))
     progress = Progress(count * epochs, "forgetting events, epoch")
     for expert in range(count):
         history = []
         for epoch in range(1, epochs + 1):
-            torch.nn.utils.vector_to_parameters(
-                experts.parameters(expert, epoch).to(images.labels.device), network.parameters()
-            )
-            history.append(correct(network, images))
+            set_flat(network, experts.parameters(expert, epoch))
+            history.append(correct(network, images).cpu())
             progress.update()
         total += hardness(torch.stack(history))
     progress.close()
-    return total / count
+    return (total / count)[order.argsort()]
 
 
 def cached_expert_scores(path, network, experts, images, fingerprint, held_out):
@@ -92,14 +85,14 @@ def training_scores(new_network, config, images, seed):
         new_network: function of k returning network k at its start.
         config: `TrainConfig`.
         images: `ImageDataset` of the real training images.
-        seed: the run's.
+        seed: of the random streams.
     """
     total, progress = torch.zeros(len(images)), Progress(NETWORKS * config.epochs, "forgetting events, epoch")
     for k in range(NETWORKS):
         network, history = new_network(k), []
 
         def after(_epoch, _loss, network=network, history=history):
-            history.append(correct(network, images))
+            history.append(correct(network, images).cpu())
             progress.update()
 
         training.train(network, images, config, seed, ("forgetting", k), after_epoch=after)
@@ -115,7 +108,10 @@ def cached(path, key, count, compute):
     if found and found.get("key") == key and len(found["scores"]) == count:
         return found["scores"]
     scores = compute()
-    files.save_with_digest(path, {"scores": scores, "key": key})
+    try:
+        files.save_with_digest(path, {"scores": scores, "key": key})
+    except OSError as error:
+        log0(f"note: {path}: not kept for later runs ({error.strerror})")
     return scores
 
 

@@ -129,6 +129,7 @@ def dm_distillation(config, info, train_images):
         network = _network(config, info, config["model"]).requires_grad_(False)
         x = _images(info, images).requires_grad_()
         graph = saved_bytes(lambda: feature_matching.features_of(network, x).sum())
+        graph *= 2 if config["calibration"] else 1  # the finished expert's
         work = max(2 * graph, _training_bytes(network.requires_grad_(True), info, config["batch_size"]))
         return (_data_bytes(config, info, train_images) + work,) * 2
 

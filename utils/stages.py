@@ -43,7 +43,10 @@ def train_and_test(make_network, count, images, config, test, seed, keys, folder
     # On a GPU the networks of a rank train as one.
     hands = distributed.deal(range(count)) if images.labels.is_cuda else [(k,) for k in range(count)]
     key = [seed, list(keys), images.images, config.lr, config.epochs]
-    with contextlib.closing(Progress(len(distributed.share(range(count))), "evaluation, network")) as progress:
+    with contextlib.closing(Progress(count, "evaluation, network")) as progress:
+
+        def begin(mine):
+            progress.expect(sum(map(len, mine)))
 
         def train(numbers):
             members = [make_network(k) for k in numbers]
@@ -52,7 +55,7 @@ def train_and_test(make_network, count, images, config, test, seed, keys, folder
             progress.update(len(members), accuracy=accuracies[-1])
             return accuracies
 
-        found = finish_each(folder, "evaluation", key, hands, train)
+        found = finish_each(folder, f"evaluation-{keys[-1]}", key, hands, train, begin)
     accuracies = dict(zip(itertools.chain(*hands), itertools.chain(*found), strict=True))
     return [accuracies[k] for k in range(count)]
 
@@ -71,8 +74,9 @@ def transition(make_network, experts, union, config, real, real_config, folder, 
         group: trajectories of one replay buffer.
         seed, stage: of the random streams.
     """
+    # Before the other ranks read what is there: merging removes files.
+    distributed.on_rank0(lambda: BufferWriter(folder, len(experts), group).merge())
     writer = BufferWriter(folder, len(experts), group)
-    distributed.on_rank0(writer.merge)
     mine = distributed.share(distributed.on_rank0(writer.missing))
     progress = Progress(len(mine), f"stage {stage}, transition, expert")
     for k in mine:
@@ -125,7 +129,9 @@ def soft_labels(network, images, temperature):
 
     Batch normalisation takes the statistics of these images: trajectories hold no running ones.
     """
-    return (network.train()(images) / temperature).softmax(1)
+    network.train()
+    size = max(1, len(images)) if any(True for _ in network.buffers()) else 1024
+    return torch.cat([(network(part) / temperature).softmax(1) for part in images.split(size)])
 
 
 def random_unions(real, ipc_totals, seed, keys):

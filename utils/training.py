@@ -254,15 +254,20 @@ def _train_stacked(members, images, config, seed, keys, optimizers):
 
 
 @torch.no_grad()
-def accuracy(network, images, batch_size=1024):
-    """Return the accuracy of `network` on an `ImageDataset` in percent."""
+def correct(network, images, batch_size=1024):
+    """Return which images of an `ImageDataset` `network` classifies right, (N,) bool on their device."""
     network.eval()
-    right = torch.zeros((), dtype=torch.int64, device=images.labels.device)
+    found = []
     for start in range(0, len(images), batch_size):
         x, y = images.batch(slice(start, start + batch_size))
-        right += (network(x).argmax(1) == y).sum()
+        found.append(network(x).argmax(1) == y)
     network.train()
-    return 100 * right.item() / len(images)
+    return torch.cat(found)
+
+
+def accuracy(network, images, batch_size=1024):
+    """Return the accuracy of `network` on an `ImageDataset` in percent."""
+    return 100 * correct(network, images, batch_size).sum().item() / len(images)
 
 
 def snapshot(network):

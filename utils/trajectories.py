@@ -37,11 +37,14 @@ def find_buffers(buffer_path, subdir, model, zca):
         subdir, model, zca: as for `buffer_folder`.
 
     Raises:
-        UserError: neither holds any.
+        UserError: neither holds any, or they saw images in another space (--zca).
     """
     given, nested = Path(buffer_path), buffer_folder(buffer_path, subdir, model, zca)
     for folder in (given, nested):
         if buffer_files(folder):
+            if options_of(folder).get("zca", zca) != zca:
+                without = "without" if zca else "with"
+                raise UserError(f"{folder}: these experts were recorded {without} --zca; take others, or the same here")
             return folder
     sized = sorted(nested.parent.parent.glob(f"*/{model}")) if "/" in subdir else []  # …/{res}/{model}
     others = ", ".join(folder.parent.name for folder in sized if buffer_files(folder))
@@ -61,20 +64,27 @@ def buffer_files(folder):
     return [found[number] for number in sorted(found)]
 
 
+def options_of(folder):
+    """Return the options that the experts in `folder` were recorded with; {} if nothing says them: published ones.
+
+    Raises:
+        UserError: the file that says them is damaged.
+    """
+    path = Path(folder) / BUFFER_CONFIG
+    return files.read_json(path, "the options of the experts", {"options": dict})["options"] if path.exists() else {}
+
+
 def held_out_fraction(folder):
     """Return the fraction of the training images that the experts in `folder` never saw (--val_fraction).
 
     Raises:
         UserError: the file that says so is damaged.
     """
-    recorded, transition = Path(folder) / BUFFER_CONFIG, Path(folder) / names.STAGE_FILE
-    if recorded.exists():
-        config = files.read_json(recorded, "the options of the experts", {"options": dict})["options"]
-    else:  # published experts have neither
-        config, recorded = names.read_mtt_stage(folder), transition
+    config = options_of(folder) or names.read_mtt_stage(folder)  # of a transition's experts
     fraction = config.get("val_fraction", 0.0)
     if not isinstance(fraction, (int, float)):
-        raise UserError(f"{recorded}: expected a number val_fraction, found {fraction!r}; move it away")
+        file = BUFFER_CONFIG if (Path(folder) / BUFFER_CONFIG).exists() else names.STAGE_FILE
+        raise UserError(f"{folder}/{file}: expected a number val_fraction, found {fraction!r}; move it away")
     return fraction
 
 

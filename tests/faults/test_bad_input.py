@@ -66,6 +66,7 @@ CASES = [
     (D, [*STAGES, "--syn_lr_form", "log"], "invalid choice: 'log'"),
     (D, [*STAGES, "--ema", "0.9", "--clip_grad", "2"], "ema 0.0 there, 0.9 now|clip_grad None there, 2.0 now; ema"),
     (D, [*STAGES, "--ipc", "2,x,1"], "argument --ipc: expected a whole number >= 1, found 'x' in '2,x,1'"),
+    (D, [*STAGES, "--ipc", "1,1,2000"], "class '0' of Digits: expected at least 2000 training images"),
     (D, [*STAGES, "--ipc", "2,1"], "--ipc: expected 3 values .--num_intervals., found 2"),
     (D, [*STAGES, "--start_epochs", "1"], "expected windows a:b with a < b joined by commas, found '1'"),
     (D, [*STAGES, "--start_epochs", "2:2"], "expected windows a:b with a < b joined by commas, found '2:2'"),

@@ -246,6 +246,12 @@ def test_all_experts_are_matched_and_trained_on(distil, distilled):  # SPEC 8.5
     assert torch.equal(best_images(folder, 3), best_images(distilled, 3))
 
 
+def test_experts_are_chosen_once(distil):
+    """Every stage goes on with those that the first one chose: --max_experts is of a file of the first one's."""
+    folder = distil("--max_experts", 1, "--Iteration", 1)
+    assert [len(load_buffer(folder / stage / "replay_buffer_0.pt")) for stage in FOLDERS[:2]] == [2, 2]
+
+
 def test_a_new_best_of_any_network_saves_the_union_unclamped(distil, monkeypatch):  # SPEC 8.6
     """The mean over both networks falls at iteration 2, where the second one is better than before."""
     accuracies = {

@@ -13,6 +13,8 @@ from tests.support.published import IDC_COMMANDS, write_idc
 from utils import forgetting, idc_runs, training
 from utils.data import datasets
 from utils.options import idc as idc_options
+from utils.results import compare
+from utils.results.report import table_rows
 from utils.synthetic import SyntheticSet
 
 D, E = "distill_idc.py", "evaluate_idc.py"
@@ -148,9 +150,9 @@ def test_evaluation_reports_every_mode(distilled, run):
     base = [*SHORT, "--results", distilled.parent.parent, "--epochs", 2, "--full_epochs", 1]
     alone = ["--skip_random", "--skip_full"]
 
-    def report(*words):
+    def report(*words, folder=distilled):
         assert run(E, *base, *words)[0] == 0
-        return json.loads((distilled / "report.json").read_text())
+        return json.loads((folder / "report.json").read_text())
 
     found = report("--eval_models", "self,resnet10,densenet", "--epochs", 1, *alone)
     assert list(found["models"]) == ["conv2in_w0.25", "resnet10", "densenet"]
@@ -159,10 +161,18 @@ def test_evaluation_reports_every_mode(distilled, run):
     assert [row["epochs"] for row in found["lengths"]] == [1, 2]
     assert found["lengths"][1]["accuracy_mean"] == found["stages"][-1]["accuracy_mean"]
     assert [s["ipc_total"] for s in found["stages"]] == [2, 4, 6] and found["random"] and found["full"]
-    for extra, totals in ((["--new_only"], [2, 2, 2]), (["--last_only"], [6]), (["--same_compute", "True"], [2, 4, 6]),
-                          (["--slct_type", "random"], [2, 4, 6])):  # fmt: skip
+    for extra, totals, words in (
+        (["--new_only"], [2, 2, 2], ["stage 1", "stage 2", "stage 3"]),
+        (["--last_only"], [6], ["stage 1-3"]),
+        (["--same_compute", "True"], [2, 4, 6], ["stage 1-1", "stage 1-2", "stage 1-3"]),
+    ):
         found = report(*extra, *alone)
         assert [s["ipc_total"] for s in found["stages"]] == totals and found["random"] is None
+        assert [row["trained_on"] for row in table_rows(found)] == words
+    chosen = report("--slct_type", "random", *alone, folder=distilled.with_name(f"{distilled.name}_random"))
+    assert [s["ipc_total"] for s in chosen["stages"]] == [2, 4, 6] and chosen["random"] is None
+    assert json.loads((distilled / "report.json").read_text()) == found  # the learned images' own
+    assert compare.read(distilled.with_name(f"{distilled.name}_random")).method == "random real"
 
 
 both_formats = pytest.mark.parametrize("new_format", [True, False])

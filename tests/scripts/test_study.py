@@ -1,5 +1,6 @@
 """python scripts/study.py: rows over seeds of the whole pipeline."""
 
+import argparse
 import json
 import os
 import shlex
@@ -45,7 +46,7 @@ def test_settings_of_the_studies(scale):
     shared = {study.folder_of(steps[-1]) for steps in base.values()} & folders
     assert len(base) == 3 * len(known) and len(shared) == 2 * len(known)  # 5 stages, and one with all iterations
     first = vars(next(iter(base.values()))[-2].args)
-    places = study.places(study.parse(["stages", "--scale", scale]), 0, 0)
+    places = study.places(study.parse(["stages", "--scale", scale]), 0)
     preset = vars(reproduce.steps_of("cifar10-mtt-ipc10", places, {})[-2].args)
     differing = {name for name in first if first[name] != preset[name]}
     assert differing <= {"buffer_path", "root_log_dir", "tag", "num_experts"}
@@ -89,7 +90,7 @@ def studied(tmp_path_factory, cifar_tree):
                 break
         said = process.stderr.read()
     assert process.returncode == 143 and "run the same command again to continue" in said, said
-    (experts,) = out.rglob("buffers2/**/hours.json")
+    (experts,) = out.rglob("buffers_mtt2/**/hours.json")
     before = json.loads(experts.read_text())
     assert before["buffer_mtt.py"]["hours"] > 0
     done = subprocess.run(command, cwd=PROJECT, env=environment, text=True, capture_output=True)
@@ -161,7 +162,36 @@ def test_a_step_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_unknown_methods_are_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["study.py", "stages", "--methods", "dsa"])
-    with pytest.raises(SystemExit) as end:
-        errors.run(study.main)
-    assert end.value.code == 2 and "expected base methods that reproduce.py has rows for" in capsys.readouterr().err
+    for words, message in (
+        (["--methods", "mtt,icd"], "--methods: expected names out of mtt, idc, dm, found 'icd'"),
+        (["--", "--seed", "3"], "--seed after --: the study gives its runs this option"),
+        (["--methods", "idc", "--", "--num_experts", "4"], "no script of stages knows --num_experts"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["study.py", "stages", *words])
+        with pytest.raises(SystemExit) as end:
+            errors.run(study.main)
+        assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_options_go_to_the_scripts_that_know_them():
+    args = study.parse(["base-methods", "--seeds", "1"])
+    settings = [study.setting(*shape, args, {"num_experts": ["4"]}) for shape in study.shapes_of(args)]
+    steps = {step.script: step.args for _, (of_seed,) in settings for step in of_seed}
+    assert steps["buffer_mtt.py"].num_experts == 4 and "num_experts" not in steps["distill_idc.py"]
+    folders = {str(of_seed[0].args.buffer_path) for _, (of_seed,) in settings if "buffer" in of_seed[0].script}
+    assert len(folders) == 2  # of MTT and of DM
+
+
+def test_scripts_that_run_together_take_turns_on_the_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(study.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(study.reproduce, "PROJECT", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    shows = "import os, sys; int(sys.argv[1]) % 2 or print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    (tmp_path / "show.py").write_text(shows)
+    commands = {}
+    for number in range(4):  # every second one waits for the one before, as the scripts of one run do
+        step = study.reproduce.Step("show.py", [str(number)], argparse.Namespace(device="cuda"))
+        after = ("show.py", str(number - 1)) if number % 2 else None
+        commands["show.py", str(number)] = step, tmp_path / "nowhere", after
+    study.run_all(commands, 2, tmp_path / "log.txt")
+    assert sorted((tmp_path / "log.txt").read_text().split()) == ["5", "7"]

@@ -19,7 +19,8 @@ def check(script, network, folder):
         pytest.skip("the scripts would install into another environment than this one")
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     done = subprocess.run(
-        ["bash", PROJECT / "scripts" / script, folder],
+        ["bash", PROJECT / "scripts" / script, folder.name],
+        cwd=folder.parent,
         env=os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": path},
         capture_output=True,
         text=True,

@@ -20,6 +20,7 @@ from utils.feature_matching import (
     mean_distances,
 )
 from utils.multi_formation import decode_class
+from utils.run import distributed
 from utils.run.streams import EndlessShuffle, stream
 from utils.synthetic import SyntheticSet
 from utils.trajectories import mixture, window
@@ -60,10 +61,10 @@ def union(stages, ipc=2):
     return SyntheticSet(images, labels, counts=[CLASSES * ipc] * stages)
 
 
-def matched(config, stages=3, iteration=4, finished=None):
+def matched(config, stages=3, iteration=4, finished=None, phi=None):
     """Returns (synthetic set, loss, gradient)."""
     synthetic = union(stages)
-    loss = FeatureMatcher(REAL, synthetic, config, SEED, STAGE).backward(network(), iteration, finished)
+    loss = FeatureMatcher(REAL, synthetic, config, SEED, STAGE).backward(phi or network(), iteration, finished)
     return synthetic, float(loss), synthetic.learned.grad
 
 
@@ -142,6 +143,20 @@ def test_one_pass_over_all_classes_equals_a_loop(config):
     _, looped, looped_gradient = matched(dataclasses.replace(config, pass_pixels=1), finished=finished)
     assert loss == pytest.approx(looped, rel=1e-12)
     assert torch.allclose(gradient, looped_gradient, rtol=1e-9, atol=1e-15)
+
+
+def test_statistics_of_a_batch_do_not_depend_on_the_number_of_ranks(monkeypatch):
+    config = CONFIGS[0]
+    phi = network(name="ConvNetBN")
+    _, loss, gradient = matched(config, phi=phi)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "size", lambda: 2)
+        monkeypatch.setattr(distributed, "all_reduce_sum", lambda tensor, group=None: tensor)
+        parts.append(matched(config, phi=phi)[1:])
+    assert sum(part[0] for part in parts) == pytest.approx(loss, rel=1e-12)
+    assert torch.allclose(sum(part[1] for part in parts), gradient, rtol=1e-12, atol=1e-15)
 
 
 def test_equal_distributions_have_no_distance_and_a_finite_gradient():

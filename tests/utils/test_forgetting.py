@@ -74,14 +74,16 @@ def test_scores_of_experts_are_the_mean_over_trajectories(tmp_path):
 
 
 def test_experts_with_batch_statistics_are_scored_by_those_of_their_minibatches(real, tmp_path):
-    """Their buffers hold parameters alone."""
+    """Their buffers hold parameters alone. The images come class after class, as those of folders do."""
     part = ImageDataset(*real.train.batch(slice(0, 300)))
+    many = part.subset(part.labels.argsort(stable=True).repeat_interleave(20))
     network = training.new_network("ConvNetBN", real, 0)
     config = training.TrainConfig(4, 0.05, 0.9, batch_size=50)
     BufferWriter(tmp_path, 1, 1).add(0, record_trajectory(network, part, config, 0, ("x",)))
     experts = Experts(tmp_path, [p.shape for p in network.parameters()], 5, "ConvNetBN")
     fresh = networks.get_network("ConvNetBN", 1, 10, 8)
-    assert float((expert_scores(fresh, experts, 4, part) < 1).float().mean()) > 0.8  # learned, and kept
+    kept = expert_scores(fresh, experts, 4, many) < 1  # learned, and not forgotten
+    assert float(kept.float().mean()) > 0.86  # 0.83 if they were taken class after class
 
 
 def test_scores_of_networks_that_are_trained_for_it(real, monkeypatch):

@@ -144,6 +144,27 @@ def test_evaluation_networks_are_trained_once(real, tmp_path):
     assert made == [0, 1, 2, 0, 1, 2]
 
 
+def test_evaluations_of_several_architectures_keep_what_each_has_finished(real, tmp_path):
+    images, config, made = union(real, 0, 20), evaluation_config(1, 0.02, 16, None), []
+
+    def evaluate(stop=None):
+        for name in ("A", "B"):
+
+            def make(k, name=name):
+                if (name, k) == stop:
+                    raise KeyboardInterrupt
+                made.append((name, k))
+                return training.new_network("MLP", real, 0, k)
+
+            train_and_test(make, 2, images, config, real.test, 7, ("evaluation", 1, 0, name), tmp_path)
+
+    for _ in range(2):  # killed twice at the same place
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(("B", 1))
+    evaluate()
+    assert made == [("A", 0), ("A", 1), ("B", 0), ("B", 1)]
+
+
 @pytest.fixture
 def transition(real, tmp_path, monkeypatch):
     """A transition of three experts, two to a replay buffer; returns a function of the folder and `after_expert`."""

@@ -275,6 +275,15 @@ def test_buffers_are_found_below_their_root_or_in_the_folder_itself(folder, tmp_
     assert find_buffers(tmp_path / "root", *layout) == nested
 
 
+@pytest.mark.parametrize("zca", [False, True])
+def test_experts_that_saw_images_in_another_space_are_refused(zca, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "own")
+    files.write_json(tmp_path / "own" / "buffer.json", {"options": {"zca": zca}})
+    assert find_buffers(tmp_path / "own", "Digits", "ConvNet", zca) == tmp_path / "own"
+    with pytest.raises(UserError, match=f"recorded with{'' if zca else 'out'} --zca; take others, or the same here"):
+        find_buffers(tmp_path / "own", "Digits", "ConvNet", not zca)
+
+
 def test_buffers_of_another_resolution_are_named(folder, tmp_path):
     for res in (32, 64):
         shutil.copytree(folder, buffer_folder(tmp_path, f"ImageNet/imagewoof/{res}", "ConvNetD5", False))

@@ -10,7 +10,7 @@ from ..data import datasets
 from ..feature_matching import METRICS, FeatureMatchConfig
 from ..results import names
 from . import COUNT, FRACTION, POSITIVE, RATE, UNUSED, check_network, idc, network_name
-from .idc import SPEED, data_folder, dataset_subdir, subset, train_config  # noqa: F401 - of this method, too
+from .idc import data_folder, dataset_subdir, subset, train_config  # noqa: F401 - of this method, too
 
 NETWORK = [
     ("--model", network_name, "ConvNet", "network"),
@@ -31,10 +31,11 @@ MATCHING = [
     ("--Iteration", COUNT, 1000, "iterations of a stage"),
     ("--eval_it", COUNT, 1000, "iterations between two evaluations in a stage"),
     ("--inner_loop", COUNT, 100, "--transition union: iterations with one network"),
-    *idc.STUDENT,
+    *[(names, kind, default, f"--transition union: {text}") for names, kind, default, text in idc.STUDENT],
     idc.BATCH_REAL,
     ("--lr_img", POSITIVE, 0.01, "learning rate of the images (Adam), which falls to 0 as a cosine"),
 ]
+SPEED = [(names, kind, default, f"--transition union: {text}") for names, kind, default, text in idc.SPEED]
 
 
 def add_options(parser, start_interval):
@@ -55,7 +56,8 @@ def resolve(parser):
 def load_data(args, device):
     """Load the data set that the options name, normalised as for buffer_mtt.py."""
     size = args.size if args.dataset in idc.SIZED else None
-    return datasets.load(args.data, data_folder(args), device, subset=subset(args), res=size)
+    antialias = args.dataset != "imagenet"  # as the experts saw them
+    return datasets.load(args.data, data_folder(args), device, subset=subset(args), res=size, antialias=antialias)
 
 
 def expert_subdir(args):

@@ -79,7 +79,7 @@ AUGMENTATION = [
         "--dsa",
         truth,
         True,
-        "differentiable Siamese augmentation; experts without it see DC's crop, scale and rotate",
+        "differentiable Siamese augmentation (buffer_mtt.py without it: DC's crop, scale and rotate)",
     ),
     ("--dsa_strategy", strategy, DSA_STRATEGY, "its entries, joined by _, or none"),
 ]
@@ -150,8 +150,8 @@ _SUCCESSORS = [
      "(DATM)"),
     ("--syn_lr_form", ("plain", "exp"), "plain", "learn syn_lr itself, or its logarithm, with which it stays positive; "
      "then --lr_lr is the rate of the logarithm"),
-    ("--clip_grad", POSITIVE, None, "longest gradient of the images, and of what --syn_lr_form learns; longer ones are "
-     "scaled down (default: none is)"),
+    ("--clip_grad", POSITIVE, None, "longest gradient of the images, of soft labels, and of what --syn_lr_form learns; "
+     "longer ones are scaled down (default: none is)"),
     ("--ema", number(float, low=0.0, high=0.9999), 0.0, "keep and evaluate the running mean of the images with this "
      "decay (FTD: 0.999)"),
 ]  # fmt: skip

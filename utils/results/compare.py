@@ -50,6 +50,8 @@ class EvaluatedResult:
     @property
     def method(self):
         """PDD over the base method, or the base method alone if all images are learned in one stage."""
+        if self.base not in names.LEARNED_HERE:
+            return self.base
         return f"PDD+{self.base}" if self.staged else f"{self.base} one-shot"
 
     @property

@@ -199,8 +199,13 @@ def dm_folder(config):
     return "_".join(text for text, wanted in parts if wanted)
 
 
+LEARNED_HERE = ("MTT", "IDC", "DM")
+
+
 def base_method(config):
-    """Return which base method a result with the options `config` (a dict) is of: MTT, IDC or DM."""
+    """Return which base method a result with the options `config` (a dict) is of: MTT, IDC, DM or another's name."""
+    if config.get("slct_type", "idc") != "idc":  # not learned here: random real images, DSA, KIP
+        return "random real" if config["slct_type"] == "random" else config["slct_type"].upper()
     return "DM" if "calibration" in config else "IDC" if "factor" in config else "MTT"
 
 

@@ -42,16 +42,17 @@ def summary(runs):
     return row
 
 
-def stage_rows(ipc_totals, runs):
+def stage_rows(stages, ipc_totals, runs):
     """Return the `stages` of a report.
 
     Args:
-        ipc_totals: images of each class after each stage.
+        stages: their numbers.
+        ipc_totals: images of each class after each of them.
         runs: for each network a list of stages, each the list of its accuracies in percent during the stage.
     """
     return [
-        {"stage": stage, "ipc_total": total, **summary([run[stage - 1] for run in runs])}
-        for stage, total in enumerate(ipc_totals, 1)
+        {"stage": stage, "ipc_total": total, **summary([run[index] for run in runs])}
+        for index, (stage, total) in enumerate(zip(stages, ipc_totals, strict=True))
     ]
 
 
@@ -94,7 +95,8 @@ def table_rows(report):
     rows = []
     for name, result in report["models"].items():
         total = result["stages"][-1]["ipc_total"]
-        found = [("stages", f"stage 1-{row['stage']}", row["ipc_total"], row) for row in result["stages"]]
+        first = "" if report["config"].get("new_only") else "1-"
+        found = [("stages", f"stage {first}{row['stage']}", row["ipc_total"], row) for row in result["stages"]]
         found += [("hard", "the same, hard labels", total, result.get("hard"))]
         last, fresh = f"stage 1-{result['stages'][-1]['stage']}", result.get("fresh") or ()
         found += [("fresh", f"stage 1-{row['stage']}, fresh start", row["ipc_total"], row) for row in fresh]

@@ -105,7 +105,7 @@ def _restore(value, state):
         value.load_state_dict(state)
 
 
-def finish_each(folder, name, key, tasks, work):
+def finish_each(folder, name, key, tasks, work, begin=lambda mine: None):
     """Do every one of `tasks` once, over all ranks and interruptions.
 
     Each finished task is a file in `folder`/partial. Files of the same `name` that belong to another `key` or to other
@@ -117,6 +117,7 @@ def finish_each(folder, name, key, tasks, work):
         key: everything that the results depend on: nested dicts, lists and tuples of tensors, numbers and strings.
         tasks: list of numbers, strings or tuples of them.
         work: function of a task returning what `files.save` can write, on the CPU.
+        begin: called with the list of this rank's tasks that are not done yet.
 
     Returns:
         List of the results, in the order of `tasks`.
@@ -134,6 +135,7 @@ def finish_each(folder, name, key, tasks, work):
     if results:
         log0(f"{name}: {len(results)} of {len(tasks)} done already")
     mine = distributed.share([task for task in tasks if task not in results])
+    begin(mine)
     for task in mine:
         signals.stop_if_asked()
         results[task] = work(task)

@@ -53,6 +53,10 @@ class Progress:
         hidden, self.values = not distributed.is_rank0(), {}
         self.bar = tqdm(total=total, initial=start, desc=label, position=0, disable=hidden, **style)
 
+    def expect(self, total):
+        """Change how many are counted in all."""
+        self.bar.total = total
+
     def update(self, count=1, **values):
         """Count `count` more and show the latest values (numbers or strings) beside the count."""
         if self.bar.disable:

@@ -6,16 +6,16 @@ from utils.results import report
 
 def test_table_and_spread():
     assert report.mean_std([1.0, 3.0]) == (2.0, 1.0)
-    rows = report.stage_rows([1, 2], [[[10.0], [20.0]], [[12.0], [24.0]]])
+    rows = report.stage_rows([1, 2], [1, 2], [[[10.0], [20.0]], [[12.0], [24.0]]])
     assert rows[1] == {"stage": 2, "ipc_total": 2, "accuracy_mean": 22.0, "accuracy_std": 2.0, "networks": 2}
-    text = report.table({"models": {"ConvNet": {"stages": rows, "random": None, "full": rows[0]}}})
+    text = report.table({"config": {}, "models": {"ConvNet": {"stages": rows, "random": None, "full": rows[0]}}})
     assert "ConvNet stage 1-2 2 22.00 ± 2.00 200.0 2" in [" ".join(line.split()) for line in text.splitlines()]
 
 
 def test_the_last_accuracy_counts_and_the_best_stands_beside_it():  # SPEC 8.11
     """Two networks, three checks in each of two stages."""
     runs = [[[10.0, 30.0, 20.0], [1.0, 2.0, 3.0]], [[40.0, 10.0, 0.0], [5.0, 4.0, 1.0]]]
-    rows = report.stage_rows([1, 2], runs)
+    rows = report.stage_rows([1, 2], [1, 2], runs)
     assert rows[0] == {
         "stage": 1, "ipc_total": 1, "accuracy_mean": 10.0, "accuracy_std": 10.0, "networks": 2,
         "best_mean": 35.0, "best_std": 5.0, "checks": 3,
@@ -23,7 +23,7 @@ def test_the_last_accuracy_counts_and_the_best_stands_beside_it():  # SPEC 8.11
     assert (rows[1]["accuracy_mean"], rows[1]["best_mean"]) == (2.0, 4.0)
     full = report.summary([[50.0]])
     assert "best_mean" not in full
-    text = report.table({"models": {"ConvNet": {"stages": rows, "random": None, "full": full}}})
+    text = report.table({"config": {}, "models": {"ConvNet": {"stages": rows, "random": None, "full": full}}})
     header, _, first, *_, last = text.splitlines()
     assert header.split()[-10:] == ["accuracy", "(%)", "best", "of", "3", "(%)", "of", "full", "(%)", "networks"]
     assert first.split()[-8:] == ["10.00", "±", "10.00", "35.00", "±", "5.00", "20.0", "2"]
