@@ -54,7 +54,7 @@ def main():
     args = parse()
     device = setup_device(args.device, args.precision)
     real = options.held_out(args, dm.load_data(args, device))
-    dm.check_spec(args, real)
+    options.check_network(args.model, real)
     run = DmRun(args, real, dm)
     run.check()
     inputs = {"data": dm.data_folder(args)} | ({"experts": run.buffers} if run.buffers else {})

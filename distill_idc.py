@@ -62,7 +62,7 @@ def main():
             "torchrun starts it"
         )
     real = options.held_out(args, idc_options.load_data(args, device))
-    idc_options.check_spec(args, real)
+    options.check_network(idc_options.network_spec(args), real, idc_options.network_title(args))
     run = IdcRun(args, real, idc_options)
     if args.pretrain:
         config = idc_options.train_config(args, run.pretrained_epochs[-1], real_images=True)

@@ -45,15 +45,13 @@ EVALUATION = [
 
 
 def parse():
-    parser = Parser(__doc__)
-    chosen = parser.peek("--method", "idc", METHODS)
-    method = METHODS[chosen]
+    parser, first = Parser(__doc__), Parser(add_help=False)
+    first.add_options("", EVALUATION[:1])
+    method = METHODS[first.parse_known_args()[0].method]  # which other options there are
     method.add_options(parser, "accepted, for the distillation's own command line; all stages are evaluated")
     parser.add_options("evaluation", options.EVALUATION + EVALUATION)
     parser.add_options("machine", options.MACHINE)
     args = method.resolve(parser)
-    if args.method != chosen:
-        parser.error(f"--method {args.method}: expected this option written out")
     if args.slct_type in LOADERS and not args.override_load_dir:
         parser.error(f"-s {args.slct_type}: expected its file with --override-load-dir FILE, found none")
     if args.new_only and args.last_only:
@@ -148,12 +146,10 @@ def decoded(union, args, real):
 def eval_model(name, args, real, unions):
     """Return the `EvalModel` of one architecture."""
     if name == "self":
-        method = METHODS[args.method]
-        method.check_spec(args, real)
-        title, spec = method.network_title(args), method.network_spec(args)
+        title, spec = METHODS[args.method].network_title(args), METHODS[args.method].network_spec(args)
     else:
-        options.check_network(name, real)
         title = spec = name
+    options.check_network(spec, real, title)
     epochs = max(1, args.epochs // args.factor**2) if args.same_compute else args.epochs
 
     def configs(epochs):

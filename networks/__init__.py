@@ -4,7 +4,6 @@ Parameter order and shapes match the published code, so that its buffers (lists 
 """
 
 import math
-import re
 
 from torch import nn
 
@@ -34,15 +33,22 @@ CONVNET_VARIANTS = {
 CONVNET_VARIANTS |= {f"D{depth}": {"depth": depth} for depth in range(1, 9)}
 CONVNET_VARIANTS |= {f"W{width}": {"width": width} for width in (32, 64, 128, 256, 512, 1024)}
 
-PLAIN = {"MLP": MLP, "LeNet": LeNet, "AlexNet": AlexNet}  # without variants
+NORMS = {"": "instance", "BN": "batch"}
 RESNET_DEPTHS = (10, 18, 34, 50, 101, 152)
 
-NAMES = (
-    ["ConvNet", *(f"ConvNet{variant}" for variant in CONVNET_VARIANTS), *PLAIN]
-    + [f"VGG{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "BN")]
-    + [f"ResNet{depth}{kind}" for depth in RESNET_DEPTHS for kind in ("", "BN", "_AP", "BN_AP")]
-    + ["ResNet18ImageNet", "ResNet6ImageNet"]
-)
+# The MTT family: {name: (class, its settings)}.
+BUILDERS = {f"ConvNet{variant}": (ConvNet, settings) for variant, settings in ({"": {}} | CONVNET_VARIANTS).items()}
+BUILDERS |= {"MLP": (MLP, {}), "LeNet": (LeNet, {}), "AlexNet": (AlexNet, {})}
+for depth in (11, 13, 16, 19):
+    for end, norm in NORMS.items():
+        BUILDERS[f"VGG{depth}{end}"] = VGG, {"depth": depth, "norm": norm}
+for depth in RESNET_DEPTHS:
+    for end, norm in NORMS.items():
+        BUILDERS[f"ResNet{depth}{end}"] = ResNet, {"depth": depth, "norm": norm}
+        BUILDERS[f"ResNet{depth}{end}_AP"] = ResNet, {"depth": depth, "norm": norm, "average": True, "keep_map": True}
+for depth in (18, 6):
+    BUILDERS[f"ResNet{depth}ImageNet"] = ResNet, {"depth": depth, "stem": "7x7/4"}
+NAMES = list(BUILDERS)
 
 # Networks that IDC evaluates with: name: (net_type, depth, normalisation).
 IDC_NAMES = {
@@ -71,21 +77,14 @@ def get_network(name, channel, num_classes, im_size, cifar=False):
         ValueError: unknown name, or images too small for the network.
     """
     shape = {"channel": channel, "num_classes": num_classes, "im_size": im_size}
-    if name.startswith("ConvNet") and (name == "ConvNet" or name[7:] in CONVNET_VARIANTS):
-        depth = 2 if im_size < 16 else 3
-        return ConvNet(**shape, **{"depth": depth, **CONVNET_VARIANTS.get(name[7:], {})})
-    if name in PLAIN:
-        return PLAIN[name](**shape)
-    if match := re.fullmatch(r"VGG(11|13|16|19)(BN)?", name):
-        return VGG(**shape, depth=int(match[1]), norm="batch" if match[2] else "instance")
-    if match := re.fullmatch(r"ResNet(18|6)ImageNet", name):
-        return ResNet(**shape, depth=int(match[1]), stem="7x7/4")
-    if match := re.fullmatch(r"ResNet(10|18|34|50|101|152)(BN)?(_AP)?", name):
-        norm = "batch" if match[2] else "instance"
-        return ResNet(**shape, depth=int(match[1]), norm=norm, average=bool(match[3]), keep_map=bool(match[3]))
     if name in IDC_NAMES:
         net_type, depth, norm = IDC_NAMES[name]
         return idc_network(net_type, channel, num_classes, im_size, depth, norm=norm, cifar=cifar)
+    if name in BUILDERS:
+        build, settings = BUILDERS[name]
+        if build is ConvNet:
+            settings = {"depth": 2 if im_size < 16 else 3} | settings
+        return build(**shape, **settings)
     raise ValueError(f"unknown network {name!r}; known: {', '.join([*NAMES, *IDC_NAMES])}")
 
 
@@ -155,10 +154,8 @@ def eval_pool(eval_mode, model):
             C (the distillation network and ConvNet).
         model: the network of the distillation; its BN suffix is dropped in mode S.
 
-    Raises:
-        ValueError: unknown mode.
     """
-    pools = {
+    return {
         "S": [model.replace("BN", "")],
         "C": list(dict.fromkeys([model, "ConvNet"])),
         "M": ["ConvNet", "AlexNet", "VGG11", "ResNet18_AP", "ResNet18"],
@@ -167,7 +164,4 @@ def eval_pool(eval_mode, model):
         "A": ["ConvNetAS", "ConvNetAR", "ConvNetAL"],
         "P": ["ConvNetNP", "ConvNetMP", "ConvNetAP"],
         "N": ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"],
-    }
-    if eval_mode not in pools:
-        raise ValueError(f"unknown eval_mode {eval_mode!r}; known: {', '.join(pools)}")
-    return pools[eval_mode]
+    }[eval_mode]

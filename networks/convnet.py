@@ -6,7 +6,10 @@ The network of dataset distillation since Gidaris & Komodakis (CVPR 2018); sizes
 from torch import nn
 
 from networks.kernels import fused
-from networks.layers import activation, is_padded_28, normalisation, pooling
+from networks.layers import is_padded_28, normalisation
+
+ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "leakyrelu": nn.LeakyReLU}
+POOLINGS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
 
 
 class ConvNet(nn.Module):
@@ -51,9 +54,9 @@ class ConvNet(nn.Module):
             blocks.append(nn.Conv2d(inputs, width, 3, padding=padding))
             if norm != "none":
                 blocks.append(normalisation(norm, width, size))
-            blocks.append(activation(act))
+            blocks.append(ACTIVATIONS[act]())
             if pool != "none":
-                blocks.append(pooling(pool))
+                blocks.append(POOLINGS[pool](2))
                 size //= 2
             inputs = width
         self.features = nn.Sequential(*blocks)

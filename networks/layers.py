@@ -1,4 +1,4 @@
-"""Normalisation, activation and pooling layers that the network families share."""
+"""Normalisation layers and the padding of small images that the network families share."""
 
 from torch import nn
 
@@ -22,16 +22,6 @@ def normalisation(kind, channels, size=None):
     if kind == "none":
         return nn.Identity()
     raise ValueError(f"normalisation {kind!r}: none, batch, layer, instance or group expected")
-
-
-def activation(kind):
-    """Return the activation layer called `kind`: relu, sigmoid or leakyrelu (slope 0.01)."""
-    return {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "leakyrelu": nn.LeakyReLU}[kind]()
-
-
-def pooling(kind):
-    """Return the 2x2 pooling layer called `kind`: avg or max."""
-    return {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}[kind](2)
 
 
 def is_padded_28(channel, im_size):

@@ -10,7 +10,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.options import Parser
 from utils.results import compare, figures, page
-from utils.results.report import plus_minus
 from utils.run import errors, files
 from utils.run.log import log0, print0
 
@@ -30,12 +29,12 @@ def parse():
 def main():
     args = parse()
     results = compare.find(args.folders)
-    print0(compare.as_markdown(results, plus_minus()))
+    table = compare.as_markdown(results)
+    print0(table)
     if not args.out:
         return
     out = Path(args.out)
-    table = compare.as_markdown(results) + "\n"
-    texts = {"report.md": table, "report.csv": compare.as_csv(results), "report.html": page.render(results)}
+    texts = {"report.md": table + "\n", "report.csv": compare.as_csv(results), "report.html": page.render(results)}
     for name, text in texts.items():
         with files.atomic(out / name, "w") as file:
             file.write(text)

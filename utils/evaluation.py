@@ -11,7 +11,6 @@ from .results import figures, report
 from .run import distributed, files
 from .run.checkpoint import finish_each, forget_finished
 from .run.device import versions
-from .run.errors import UserError
 from .run.log import Progress, print0
 from .stages import random_unions, staged_accuracies
 
@@ -191,12 +190,8 @@ def evaluate_and_report(shared, models, own, **about):
     Raises:
         UserError: a class has too few images for the row of random real images.
     """
-    needed, fewest = max(shared.ipc_totals), min(map(len, shared.real.class_indices))
-    if needed > fewest and shared.random:
-        raise UserError(
-            f"the row of random real images needs {needed} of each class, {shared.real.info.name} has {fewest}; "
-            "leave it out with --skip_random"
-        )
+    if shared.random:
+        random_unions(shared.real, shared.ipc_totals, shared.seed, (0,))  # refuses before anything is trained
     path = Path(shared.folder) / "report.json"
     before = distributed.on_rank0(lambda: report.earlier(path, shared.key))
     earlier = before.get("models", {})

@@ -184,7 +184,7 @@ def mixed_loss(logits, y, partners, share):
     return loss if partners is None else share * loss + (1 - share) * F.cross_entropy(logits, y[partners])
 
 
-def train_together(members, images, config, seed, keys, optimizers=None, stacked=None):
+def train_together(members, images, config, seed, keys, stacked=None):
     """Train several networks on the same images, each with its own random streams.
 
     The result does not depend on how many train together, but for rounding if they are stacked.
@@ -192,41 +192,28 @@ def train_together(members, images, config, seed, keys, optimizers=None, stacked
     Args:
         members: list of networks of one architecture, trained in place.
         keys: list of one tuple for each; other arguments as for `train`.
-        optimizers: list of earlier optimisers; None for new ones.
         stacked: train them as one batched network (torch.func), True or False; None does so on a GPU, where many
             small networks are no slower than one, if they have no running statistics.
-
-    Returns:
-        The list of optimisers.
     """
-    optimizers = optimizers or [sgd(member, config) for member in members]
     if stacked is None:
         on_gpu = images.labels.device.type == "cuda"
         stacked = on_gpu and len(members) > 1 and not any(True for _ in members[0].buffers())
     if stacked:
         # Members are written only at its end; if memory runs out they train one by one.
         with contextlib.suppress(torch.OutOfMemoryError):
-            _train_stacked(members, images, config, seed, keys, optimizers)
-            return optimizers
+            _train_stacked(members, images, config, seed, keys)
+            return
         torch.cuda.empty_cache()
-    for member, optimizer, key in zip(members, optimizers, keys, strict=True):
-        train(member, images, config, seed, key, optimizer)
-    return optimizers
+    for member, key in zip(members, keys, strict=True):
+        train(member, images, config, seed, key)
 
 
-def _train_stacked(members, images, config, seed, keys, optimizers):
+def _train_stacked(members, images, config, seed, keys):
     """Train `members` as one network whose parameters have one more axis."""
     parameters, _ = torch.func.stack_module_state(members)
     shared = copy.deepcopy(members[0]).to("meta")
     shared.fuses = False  # the hand-written derivatives of CPUs know no batched networks
     stack = torch.optim.SGD(parameters.values(), lr=config.lr)
-    if all(optimizer.state for optimizer in optimizers):
-        for name, parameter in parameters.items():
-            own = [
-                optimizer.state[member.get_parameter(name)]["momentum_buffer"]
-                for member, optimizer in zip(members, optimizers, strict=True)
-            ]
-            stack.state[parameter]["momentum_buffer"] = torch.stack(own)
 
     @torch.func.vmap
     def logits_of(values, x):
@@ -245,12 +232,9 @@ def _train_stacked(members, images, config, seed, keys, optimizers):
             loss.backward()
             stack.step()
     with torch.no_grad():
-        for k, (member, optimizer) in enumerate(zip(members, optimizers, strict=True)):
+        for k, member in enumerate(members):
             for name, parameter in member.named_parameters():
                 parameter.copy_(parameters[name][k])
-                if config.momentum:
-                    momentum = stack.state[parameters[name]]["momentum_buffer"][k]
-                    optimizer.state[parameter]["momentum_buffer"] = momentum.clone()
 
 
 @torch.no_grad()

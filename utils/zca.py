@@ -39,8 +39,13 @@ def restore(saved, values, device):
     found = {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, torch.Tensor) and t.isfinite().all()}
     if found != shapes or len(tensors) != len(shapes):
         raise UserError(f"expected a ZCA transform for {values} numbers, found something else")
+    return assemble({name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def assemble(tensors):
+    """Return the whitening that has `tensors`, a dict as of `state`; without transform_inv it has no inverse."""
     whitening = _unfitted()
     for name, tensor in tensors.items():
-        setattr(whitening, name, tensor.to(device))
+        setattr(whitening, name, tensor)
     whitening.fitted = True
     return whitening

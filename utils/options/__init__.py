@@ -12,6 +12,7 @@ import sys
 import networks
 from networks.precision import PRECISIONS
 
+from .. import training
 from ..augment import OPERATIONS
 from ..run import distributed
 from ..run.errors import UserError
@@ -43,8 +44,8 @@ class Parser(argparse.ArgumentParser):
     Names of options may be spelled with - or _, whichever their tables use.
     """
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=_Formatter)
+    def __init__(self, description=None, **settings):
+        super().__init__(description=description, formatter_class=_Formatter, **settings)
 
     def error(self, message):
         raise UserError(f"{message}; see {self.prog} --help")
@@ -88,14 +89,6 @@ class Parser(argparse.ArgumentParser):
                     "Options of the published code that change nothing are accepted; scripts/README.md lists them."
                 )
             group.add_argument(*names.split(), help=text, **settings, **(more[0] if more else {}))
-
-    def peek(self, option, default, choices):
-        """Return the value of an option that decides which others there are."""
-        words = [word for given in sys.argv[1:] for word in given.split("=", 1)]
-        value = words[words.index(option) + 1] if option in words[:-1] else default
-        if value not in choices:
-            self.error(f"{option}: expected {' or '.join(choices)}, found {value!r}")
-        return value
 
     def given(self):
         """Return the options that stand on the command line, as a dict."""
@@ -264,16 +257,20 @@ def held_out(args, real):
     return real.held_out(held_out_fraction(args))
 
 
-def check_network(name, real):
-    """Build network `name` once for the images of `real`, to refuse impossible pairs before any work.
+def check_network(spec, real, title=None):
+    """Build a network once for the images of `real`, to refuse impossible pairs before any work.
+
+    Args:
+        spec: as for `training.new_network`.
+        title: of the network, for the message, if `spec` is not its name.
 
     Raises:
         UserError: the images are too small for it.
     """
     try:
-        networks.get_network(name, **real.info.network_shape)
+        training.new_network(spec, real, 0)
     except ValueError as error:
-        raise UserError(f"network {name} on {real.info.name}: {error}") from None
+        raise UserError(f"network {title or spec} on {real.info.name}: {error}") from None
 
 
 def warn_of_few_images(real, batch_size=None, ipc=None):

@@ -9,7 +9,7 @@ from ..augment import DSA
 from ..data import datasets
 from ..feature_matching import METRICS, FeatureMatchConfig
 from ..results import names
-from . import COUNT, FRACTION, POSITIVE, RATE, UNUSED, check_network, idc, network_name
+from . import COUNT, FRACTION, POSITIVE, RATE, UNUSED, idc, network_name
 from .idc import data_folder, dataset_subdir, subset, train_config  # noqa: F401 - of this method, too
 
 NETWORK = [
@@ -55,15 +55,13 @@ def resolve(parser):
 
 def load_data(args, device):
     """Load the data set that the options name, normalised as for buffer_mtt.py."""
-    size = args.size if args.dataset in idc.SIZED else None
     antialias = args.dataset != "imagenet"  # as the experts saw them
-    return datasets.load(args.data, data_folder(args), device, subset=subset(args), res=size, antialias=antialias)
+    return datasets.load(args.data, data_folder(args), device, subset=subset(args), res=args.size, antialias=antialias)
 
 
 def expert_subdir(args):
     """Return where the experts of the data set lie below --buffer_path."""
-    size = args.size if args.dataset in idc.SIZED else None
-    return datasets.dataset_subdir(args.data, data_folder(args), subset(args), size)
+    return datasets.dataset_subdir(args.data, data_folder(args), subset(args), args.size)
 
 
 def result_folder(args):
@@ -82,11 +80,6 @@ def network_spec(args):
 def network_title(args):
     """Return what reports call the distillation's network."""
     return args.model
-
-
-def check_spec(args, real):
-    """Refuse a network that the images are too small for."""
-    check_network(args.model, real)
 
 
 def match_config(args):

@@ -6,13 +6,10 @@ An option given on the command line wins over derived settings, these over prese
 import argparse
 from pathlib import Path
 
-import networks
-
 from ..augment import DSA, without
 from ..data import datasets, info
 from ..gradient_matching import METRICS, GradientMatchConfig, feature_range
 from ..results import names
-from ..run.errors import UserError
 from ..training import TrainConfig
 from . import (
     COUNT,
@@ -46,7 +43,6 @@ DIGITS = {"depth": 2, "width": 0.25, "metric": "mse", "lr_img": 0.05, "n_data": 
 NET_TYPES = ("resnet", "resnet_ap", "convnet", "densenet", "efficient", "efficientnet")
 SELECTIONS = ("idc", "random", "dsa", "kip", "herding")
 SMALL = ("mnist", "fashion", "svhn", "cifar10", "cifar100", "digits")
-SIZED = ("imagenet", "folder")  # brought to --size pixels
 BASE_SIZE = {"mnist": 28, "imagenet": 224, "digits": 8}  # of the scaling of lr_img; 32 for the others
 LARGE_IMAGES = 64  # own images above this many pixels are treated like ImageNet's, others like CIFAR's
 
@@ -306,8 +302,9 @@ def evaluation_epochs(dataset, images, many):
 def load_data(args, device):
     """Load the data set that the options name."""
     statistics = info.IDC_STATISTICS.get(args.dataset)
-    size = args.size if args.dataset in SIZED else None
-    return datasets.load(args.data, data_folder(args), device, statistics=statistics, subset=subset(args), res=size)
+    return datasets.load(
+        args.data, data_folder(args), device, statistics=statistics, subset=subset(args), res=args.size
+    )
 
 
 def data_folder(args):
@@ -399,15 +396,3 @@ def train_config(args, epochs, real_images=False, lr_factor=1.0):
 def network_title(args):
     """Return what folders and reports call the distillation's network."""
     return names.idc_model(vars(args))
-
-
-def check_spec(args, real):
-    """Refuse a network that the images are too small for.
-
-    Raises:
-        UserError: they are.
-    """
-    try:
-        networks.idc_network(**real.info.network_shape, **network_spec(args))
-    except ValueError as error:
-        raise UserError(f"--net_type {args.net_type} on {real.info.name}: {error}") from None

@@ -3,18 +3,15 @@
 import csv
 import dataclasses
 import io
-import json
-import re
 from pathlib import Path
 
 from tabulate import tabulate
 
 from ..run import files
 from ..run.errors import UserError
-from ..run.log import log0
+from ..run.log import log0, read_rows
 from . import names
-from .formats import read_image
-from .report import GRID_COLUMNS, accuracy_text, table_rows
+from .report import accuracy_text, table_rows
 
 REPORT = "report.json"
 WHAT = "the report of evaluate_mtt.py or evaluate_idc.py"
@@ -30,13 +27,11 @@ class EvaluatedResult:
         folder: Path.
         report: contents of report.json.
         logs: {stage from 1: rows of its metrics}.
-        images: {stage from 1: (H, W, 3) uint8, a grid of its subset, a row for each class}.
     """
 
     folder: Path
     report: dict
     logs: dict
-    images: dict
 
     @property
     def base(self):
@@ -75,10 +70,6 @@ class EvaluatedResult:
         """Images of each class in the last union."""
         return self.report["stages"][-1]["ipc_total"]
 
-    def measured(self, key):
-        """True if the distillation logged `key` (loss, syn_lr)."""
-        return any(key in row for log in self.logs.values() for row in log)
-
 
 def find(paths):
     """Return the `EvaluatedResult`s in `paths`: folders of results, or folders that hold such, at any depth.
@@ -105,43 +96,23 @@ def read(folder):
     path = folder / REPORT
     if not path.exists():
         raise UserError(f"{folder}: expected {WHAT} (report.json), found none; evaluate the result first")
-    result = EvaluatedResult(folder, files.read_json(path, WHAT), {}, {})
+    result = EvaluatedResult(folder, files.read_json(path, WHAT), {})
     try:
         rows([result])
     except (KeyError, TypeError, AttributeError, IndexError):
         raise UserError(f"{path}: expected {WHAT}, found something else; evaluate the result again") from None
-    read_stage = _read_mtt_stage if result.base == "MTT" else _read_idc_stage
     for stage in range(1, result.report["config"]["num_intervals"] + 1):
-        read_stage(result, stage)
+        if (log := _log_path(result, stage)).exists():
+            result.logs[stage] = read_rows(log)
     return result
 
 
-def _read_mtt_stage(result, stage):
-    config = result.report["config"]
-    given = config["override_interval_names"]
+def _log_path(result, stage):
+    if result.base != "MTT":
+        return result.folder / f"interval_{stage - 1}_metrics.jsonl"
+    given = result.report["config"]["override_interval_names"]
     found = [result.folder / given.split(".")[stage - 1]] if given else names.mtt_stages(result.folder).get(stage)
-    folder = found[0] if found else result.folder  # one stage lies in the experiment's own folder
-    _read_log(result, stage, folder / "metrics.jsonl")
-    ipcs = names.stage_ipcs(config["ipc"], stage)[:stage]
-    total, path = sum(ipcs), folder / "images_best.png"
-    if path.exists() and total <= GRID_COLUMNS:  # wider grids are wrapped
-        union = read_image(path, "RGB")  # its newest images stand on the right
-        result.images[stage] = union[:, (union.shape[1] - 2) * (total - ipcs[-1]) // total :]
-
-
-def _read_idc_stage(result, stage):
-    _read_log(result, stage, result.folder / f"interval_{stage - 1}_metrics.jsonl")
-    paths = result.folder.glob(f"interval_{stage - 1}_img*.png")
-    if last := max(paths, key=lambda path: int(re.search(r"img(\d+)", path.name)[1]), default=None):
-        result.images[stage] = read_image(last, "RGB")
-
-
-def _read_log(result, stage, path):
-    if path.exists():
-        try:
-            result.logs[stage] = [json.loads(line) for line in path.read_text().splitlines()]
-        except ValueError:
-            raise UserError(f"{path}: expected one JSON object in each line, found something else") from None
+    return (found[0] if found else result.folder) / "metrics.jsonl"  # one stage lies in the experiment's own folder
 
 
 def rows(results):
@@ -154,10 +125,10 @@ def rows(results):
     ]  # fmt: skip
 
 
-def as_markdown(results, plus_minus="±"):
+def as_markdown(results):
     """Return the table as Markdown, and below it the folders by the numbers of the results."""
     headers = [*COLUMNS[:6], "accuracy (%)", "networks"]
-    lines = [[*words, accuracy_text(mean, std, count, plus_minus), count] for *words, mean, std, count in rows(results)]
+    lines = [[*words, accuracy_text(mean, std, count), count] for *words, mean, std, count in rows(results)]
     table = tabulate(lines, headers, "github", disable_numparse=True)
     return table + "\n\n" + "\n".join(f"{number}. {result.folder}" for number, result in enumerate(results, 1))
 

@@ -6,8 +6,6 @@ matplotlib is imported where a figure is drawn: it takes seconds.
 import itertools
 import math
 
-import numpy as np
-
 from ..run import files
 from .report import headline_stages
 
@@ -21,18 +19,9 @@ def draw_accuracy(path, report):
 
 
 def draw_all(results, out):
-    """Draw all that `results` (list of `compare.EvaluatedResult`) can show into the folder `out`; returns the paths."""
-    names = [f"{number}: {result.label}" for number, result in enumerate(results, 1)]
-    named = dict(zip(names, results, strict=True))
-    own = [(name, result.report) for name, result in named.items()]
+    """Draw the accuracies of `results` (list of `compare.EvaluatedResult`) into the folder `out`; returns the paths."""
+    own = [(f"{number}: {result.label}", result.report) for number, result in enumerate(results, 1)]
     made = {"accuracy_stage": accuracy_by_stage(own), "accuracy_ipc": accuracy_by_ipc(results)}
-    for key, words, smooth in (("loss", "matching loss", True), ("syn_lr", "synthetic learning rate", False)):
-        logged = {name: result for name, result in named.items() if result.measured(key)}
-        if logged:
-            made[key] = curves(logged, key, words, smooth)
-    for number, (name, result) in enumerate(named.items(), 1):
-        if result.images:
-            made[f"images_{number}"] = grids(result.images, name)
     for name, figure in made.items():
         save_figure(out / f"{name}.png", figure)
     return [out / f"{name}.png" for name in made]
@@ -145,45 +134,3 @@ def draw_group(axis, results, group, colour):
     for number, level in enumerate(sorted(levels)):
         label = None if number else f"{group}, full training set"
         axis.axhline(level, color=colour, linestyle="-.", linewidth=1, label=label)
-
-
-def curves(results, key, words, smooth):
-    """A panel for each of {name: result}, a curve for each stage; `smooth` draws a running mean over the values."""
-    figure, axes = panels(len(results))
-    for axis, (name, result) in zip(axes, results.items(), strict=True):
-        for stage, log in result.logs.items():
-            found = [(row["iteration"], row[key]) for row in log if key in row]
-            if not found:
-                continue
-            across, values = map(np.array, zip(*found, strict=True))
-            colour = pyplot().get_cmap("viridis")((stage - 1) / max(len(result.logs) - 1, 1) * 0.9)
-            width = max(1, len(values) // 20) if smooth else 1
-            if width > 1:
-                axis.plot(across, values, color=colour, alpha=0.25, linewidth=0.7)
-            mean = np.convolve(values, np.ones(width) / width, "valid")
-            across = across[(width - 1) // 2 :][: len(mean)]
-            axis.plot(across, mean, color=colour, marker="o" if len(mean) < 8 else "", label=f"stage {stage}")
-        axis.set_title(name, fontsize=8)
-        finish(axis, "iteration", words)
-    return figure
-
-
-def grids(images, name):
-    """The subsets of all stages ({stage: grid}) side by side, a row for each class."""
-    widths = [grid.shape[1] for grid in images.values()]
-    wide, high = sum(widths), max(grid.shape[0] for grid in images.values())
-    inch = min(1 / 130, 18 / wide, 18 / high)  # of a pixel
-    figure, axes = pyplot().subplots(
-        1,
-        len(widths),
-        figsize=(max(wide * inch, 3.0), high * inch + 0.6),
-        width_ratios=widths,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis, (stage, grid) in zip(axes.flat, images.items(), strict=True):
-        axis.imshow(grid)
-        axis.set_axis_off()
-        axis.set_title(f"stage {stage}", fontsize=8)
-    figure.suptitle(name, fontsize=7)
-    return figure

@@ -155,12 +155,7 @@ def _whitening(tensors):
     """Return the kornia.enhance.ZCAWhitening of an export, which holds no inverse; None if it holds no transform."""
     if "zca_matrix" not in tensors:
         return None
-    from kornia.enhance import ZCAWhitening
-
-    whitening = ZCAWhitening(compute_inv=False)
-    whitening.mean_vector, whitening.transform_matrix = tensors["zca_mean"].view(1, -1), tensors["zca_matrix"]
-    whitening.fitted = True
-    return whitening
+    return zca.assemble({"mean_vector": tensors["zca_mean"].view(1, -1), "transform_matrix": tensors["zca_matrix"]})
 
 
 def _read_file(path):
@@ -205,8 +200,8 @@ def _read_images(folder):
     return {"pixels": pixels.contiguous().float() / 255, "labels": torch.tensor(labels), "stage": torch.tensor(stages)}
 
 
-def read_image(path, mode=None):
-    """Return the pixels of an image file as a uint8 array, (H, W) or (H, W, C); converted to PIL's `mode` if given.
+def read_image(path):
+    """Return the pixels of an image file as a uint8 array, (H, W) or (H, W, C).
 
     Raises:
         UserError: it is damaged.
@@ -215,6 +210,6 @@ def read_image(path, mode=None):
 
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert(mode) if mode else image)
+            return np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: expected an image, found a damaged file ({one_line(error)[:60]})") from None

@@ -48,7 +48,7 @@ def _describe(number, result):
     return {
         "number": number,
         "colour": (number - 1) % 8,
-        "name": f"{number}: {result.report['dataset']}, {result.method}, {result.report['model']}, {result.sizes}",
+        "name": f"{number}: {result.label}",
         "result": result,
         "dataset": result.report["dataset"],
         "rows": rows,

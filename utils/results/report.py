@@ -1,7 +1,6 @@
 """The report of an evaluation: its rows and table, and what is kept of an earlier one; grids of images."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -162,28 +161,19 @@ def earlier(path, key):
     return found
 
 
-def plus_minus():
-    """Return "±", or "+/-" if stdout cannot encode it."""
-    try:
-        "±".encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return "+/-"
-    return "±"
-
-
-def accuracy_text(mean, std, networks, sign="±"):
+def accuracy_text(mean, std, networks):
     """Return "mean ± std" in percent; of a single network, which has no spread, the mean alone."""
-    return f"{mean:.2f} {sign} {std:.2f}" if networks > 1 else f"{mean:.2f}"
+    return f"{mean:.2f} ± {std:.2f}" if networks > 1 else f"{mean:.2f}"
 
 
 def table(report):
     """Return the text table of a report (the dict of report.json)."""
-    found, sign = table_rows(report), plus_minus()
+    found = table_rows(report)
     checks = max((row["best"][2] or 0 for row in found), default=0)
     columns = {"network": [row["network"] for row in found], "trained on": [row["trained_on"] for row in found]}
     columns |= {"images per class": [row["ipc"] for row in found]}
-    columns |= {"accuracy (%)": [accuracy_text(row["mean"], row["std"], row["networks"], sign) for row in found]}
-    best = [accuracy_text(*row["best"][:2], row["networks"], sign) if row["best"][2] else "" for row in found]
+    columns |= {"accuracy (%)": [accuracy_text(row["mean"], row["std"], row["networks"]) for row in found]}
+    best = [accuracy_text(*row["best"][:2], row["networks"]) if row["best"][2] else "" for row in found]
     columns |= {f"best of {checks} (%)": best} if checks else {}
     for name, key, form in (("over random", "over_random", "{:+z.2f}"), ("of full (%)", "share_of_full", "{:.1f}")):
         if any(row[key] is not None for row in found):

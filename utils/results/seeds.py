@@ -76,18 +76,9 @@ def table(rows):
 
 def draw(rows, path):
     """Draw accuracy against the hours of experts and distillation into the PNG `path`, with the 95 % intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8.6, 4.4), layout="constrained")
+    figure, (axis,) = figures.panels(1, 8.6, 4.4)
     for row in rows:
-        axes.errorbar(
-            cost(row), row["accuracy"], yerr=row["half"], marker="o", linestyle="", capsize=3, label=row["setting"]
-        )
-    axes.set_xlabel(f"{rows[0]['unit']} hours of experts and distillation, mean over seeds")
-    axes.set_ylabel("test accuracy (%), 95 % interval")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+        axis.errorbar(cost(row), row["accuracy"], yerr=row["half"], fmt="o", capsize=3, label=row["setting"])
+    across = f"{rows[0]['unit']} hours of experts and distillation, mean over seeds"
+    figures.finish(axis, across, "test accuracy (%), 95 % interval", loc="upper left", bbox_to_anchor=(1.01, 1))
     figures.save_figure(path, figure)

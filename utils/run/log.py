@@ -174,7 +174,7 @@ def read_rows(path, count=None):
         wanted = "rows" if count is None else f"{count} rows at least"
         found = f"{len(rows)} rows" if good else "something else"
         raise UserError(
-            f"{path}: expected {wanted} of measurements of an interrupted run, found {found}; put the file back, or "
-            "delete it and the checkpoint beside it to begin the stage anew"
+            f"{path}: expected {wanted} of measurements, found {found}; put the file back, or delete it and the "
+            "checkpoint of an interrupted run beside it, which then begins the stage anew"
         )
     return rows
