@@ -87,7 +87,7 @@ def test_variants_run_evaluate_and_load(extra, name, run, tmp_path):
     words = " ".join(map(str, words)).replace("--drop_easy 0.2 --select_on val", "").split()  # of distillations alone
     assert run(E, "--method", "dm", *words, "--skip_full", "--skip_random")[0] == 0
     found = compare.read(folder)
-    assert found.method == "PDD+DM" and found.report["model"] == "ConvNetW32" and set(found.images) == {1, 2}
+    assert found.method == "PDD+DM" and found.report["model"] == "ConvNetW32" and set(found.logs) == {1, 2}
     data = load_distilled(folder)
     assert data.about["method"] == known.find(folder).method == "PDD+DM"
     assert len(data) == 40 * (1 if "--factor 1" in extra else 5 if "multi" in extra else 4)
