@@ -115,7 +115,7 @@ def test_what_is_refused(run, tmp_path):
     status, message = run(D, "--start-interval", 3, "--results", tmp_path)
     assert status == 2 and "--start-interval 3: expected less than --num-intervals 3" in message
     status, message = run(E, "--method", "gm")
-    assert status == 2 and "--method: expected idc or dm, found 'gm'" in message
+    assert status == 2 and "argument --method: invalid choice: 'gm'" in message
     assert not list(tmp_path.iterdir())
 
 
