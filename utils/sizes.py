@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -65,7 +66,7 @@ def mtt_distillation(config, info, train_images, num_experts):
             start, labels = torch.zeros(student.numel), torch.zeros(union, dtype=torch.int64)
             graph = matching.graph_bytes(student, start, _images(info, union), labels, step)
         base = _data_bytes(config, info, train_images) + _bytes(network) * config["syn_steps"]
-        between = _training_bytes(network, info, config["batch_train"])  # evaluation and transition
+        between = _training_bytes(config, info, config["batch_train"], config["model"])  # evaluation and transition
         # The backward pass through a graph needs about as much again.
         return tuple(base + max(graphs * graph, between) for graphs in (2, config["syn_steps"] + 1))
 
@@ -108,7 +109,7 @@ def idc_distillation(config, info, train_images):
         options.append(gradient_matching.feature_range(config["f_idx"]))
         graph = saved_bytes(lambda: gradient_matching.matching_loss(network, real, synthetic, 0, *options))
         # The backward pass through a graph needs about as much again.
-        work = max(2 * graph, _training_bytes(network, info, config["batch_size"]))
+        work = max(2 * graph, _training_bytes(config, info, config["batch_size"]))
         return (_data_bytes(config, info, train_images) + work,) * 2
 
     return Size(
@@ -130,7 +131,7 @@ def dm_distillation(config, info, train_images):
         x = _images(info, images).requires_grad_()
         graph = saved_bytes(lambda: feature_matching.features_of(network, x).sum())
         graph *= 2 if config["calibration"] else 1  # the finished expert's
-        work = max(2 * graph, _training_bytes(network.requires_grad_(True), info, config["batch_size"]))
+        work = max(2 * graph, _training_bytes(config, info, config["batch_size"]))
         return (_data_bytes(config, info, train_images) + work,) * 2
 
     return Size(
@@ -156,14 +157,23 @@ def idc_evaluation(config, info, train_images):
 
 
 def _network(config, info, name="self"):
-    """Return a network without values (device meta): the named one, or the IDC distillation's own."""
+    """Return a network without values (device meta): the named one, or the distillation's own."""
+    return _build(_spec(config, name), **info.network_shape)
+
+
+def _spec(config, name):
+    """Return the name of a network, or the settings of PDD+IDC's own as a tuple of items."""
+    if name == "self" and "model" not in config:
+        spec = {name: config[name] for name in ("net_type", "depth", "width")}
+        return tuple({**spec, "norm": config["norm_type"]}.items())
+    return config["model"] if name == "self" else name
+
+
+def _build(spec, **shape):
     with torch.device("meta"):
-        if name == "self" and "model" in config:  # PDD+DM
-            name = config["model"]
-        if name == "self":
-            spec = {"net_type": config["net_type"], "depth": config["depth"], "width": config["width"]}
-            return networks.idc_network(**info.network_shape, **spec, norm=config["norm_type"])
-        return networks.get_network(name, **info.network_shape)
+        if isinstance(spec, tuple):
+            return networks.idc_network(**shape, **dict(spec))
+        return networks.get_network(spec, **shape)
 
 
 def _images(info, count):
@@ -182,18 +192,25 @@ def _data_bytes(config, info, train_images):
 def _training_memory(config, info, train_images, pool=None):
     """Return (least, most) bytes for training networks one after the other."""
     pool, batch = pool or [config["model"]], config.get("batch_train") or config["batch_size"]
-    largest = max(_training_bytes(_network(config, info, name), info, batch) for name in pool)
+    largest = max(_training_bytes(config, info, batch, name) for name in pool)
     return (_data_bytes(config, info, train_images) + largest,) * 2
 
 
-def _training_bytes(network, info, batch):
+def _training_bytes(config, info, batch, name="self"):
     """Return the bytes for training a network on minibatches of `batch` images, and for testing it."""
+    return _measured(_spec(config, name), tuple(info.network_shape.items()), batch)
+
+
+@functools.cache  # rows of a table share networks
+def _measured(spec, shape, batch):
+    network, shape = _build(spec, **dict(shape)), dict(shape)
+    images = torch.zeros(batch, shape["channel"], shape["im_size"], shape["im_size"], device="meta")
     labels = torch.zeros(batch, dtype=torch.int64, device="meta")
-    graph = saved_bytes(lambda: F.cross_entropy(network(_images(info, batch)), labels))
+    graph = saved_bytes(lambda: F.cross_entropy(network(images), labels))
     outputs = []
     for module in network.modules():
         module.register_forward_hook(lambda _module, _input, output: outputs.append(output.nbytes))
     with torch.no_grad():
-        network(_images(info, TEST_BATCH))
+        network(images[:1].expand(TEST_BATCH, -1, -1, -1))
     # Parameters, gradients and momentum; a layer's input and output beside the output of the layer before.
     return 3 * _bytes(network) + max(graph, 3 * max(outputs))
