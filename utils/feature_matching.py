@@ -28,7 +28,6 @@ from .augment import DSA
 from .run import distributed
 from .run.device import to_device
 from .run.streams import EndlessShuffle, stream
-from .synthetic import SyntheticSet
 
 METRICS = ("mean", "cf")
 TINY = 1e-12  # under roots: their gradients stay finite at 0
@@ -84,7 +83,7 @@ class FeatureMatchConfig:
     frequencies: int = 1024
     precision: str = "fp32"
     calibration: float = 0.0
-    pass_pixels: int = 4096 * 32**2
+    pass_pixels: int = 1280 * 32**2
 
 
 class FeatureMatcher:
@@ -134,9 +133,10 @@ class FeatureMatcher:
         with torch.no_grad():
             x = config.augment.apply(train.batch(to_device(index, device))[0], augmentation)
             real = features_of(network, x, config.precision).unflatten(0, (len(labels), -1))
-        images = torch.cat([self.synthetic.images[: self.synthetic.first_learned], learned])
-        union = SyntheticSet(images, self.synthetic.labels, counts=self.synthetic.counts)
-        blocks = union.by_class(self.real.info.num_classes)[labels]
+        frozen, classes = self.synthetic.images[: self.synthetic.first_learned], self.real.info.num_classes
+        shape = -1, classes, len(learned) // classes, *learned.shape[1:]  # stages, classes, images
+        union = torch.cat([part.view(shape)[:, labels] for part in (frozen, learned)])
+        blocks = union.permute(1, 2, 0, 3, 4, 5).flatten(1, 2)  # as SyntheticSet.by_class
         decoded, _ = multi_formation.decode_union(blocks, config.factor, config.decode_type)
         x = config.augment.apply(train.normalise(decoded), augmentation)
         synthetic = features_of(network, x, config.precision).unflatten(0, (len(labels), -1))
@@ -148,5 +148,5 @@ class FeatureMatcher:
         if config.calibration:
             targets = torch.tensor(labels, device=device).repeat_interleave(synthetic.shape[1])
             wrong = F.cross_entropy(forward(finished, x, config.precision), targets, reduction="sum")
-            loss = loss + config.calibration * wrong / (self.real.info.num_classes * synthetic.shape[1])
+            loss = loss + config.calibration * wrong / (classes * synthetic.shape[1])
         return loss
