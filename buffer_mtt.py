@@ -190,7 +190,10 @@ def record(args, real, writer, missing):
         after = lambda _epoch, loss, progress=progress: progress.update(loss=loss)  # noqa: E731
         trajectory = record_trajectory(network, real.train, config, args.seed, keys, masks, folder, after)
         if not all(bool(tensor.isfinite().all()) for tensor in trajectory[-1]):
-            raise UserError(f"expert {expert} became NaN or infinite and was not saved; lower --lr_teacher")
+            raise UserError(
+                f"expert {expert} became NaN or infinite and was not saved; remove {writer.folder}, or choose another "
+                "--buffer_path, and lower --lr_teacher"
+            )
         writer.add(expert, trajectory, alone)
         test = training.accuracy(network, real.test)
         progress.say(f"{label}: test accuracy {test:.2f} %")

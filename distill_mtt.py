@@ -76,7 +76,8 @@ def main():
         inputs = {"data": args.data_path, "experts": run.buffers(args.start_interval)}
         print0(options.dry_run(args, inputs, run.experiment, size))
         return
-    files.need_disk(run.experiment, size.disk, "the buffers of the transitions")
+    there = sum(path.stat().st_size for path in run.experiment.glob("interval*/replay_buffer_*.pt"))
+    files.need_disk(run.experiment, size.disk - there, "the buffers of the transitions")
     with files.locked(run.experiment):
         distributed.on_rank0(run.check_config)
         for stage in range(args.start_interval, args.num_intervals + 1):
@@ -250,6 +251,11 @@ class Run:
             check_result(self.experiment, self.real.info)
         experts = self.experts(first)
         self.union(first - 1)
+        if first > 1 and not names.read_mtt_stage(self.folder(first - 1)).get("complete", True):
+            raise UserError(
+                f"{self.folder(first - 1)}: expected a finished stage, found it interrupted; continue it by the same "
+                "command without --start_interval"
+            )
         self.initial_images(self.real, max(range(first, args.num_intervals + 1), key=lambda p: self.ipcs[p - 1]))
         options.warn_of_few_images(self.real, ipc=sum(self.ipcs))
         warn_of_seen_images(buffers, options.held_out_fraction(args))

@@ -45,6 +45,11 @@ class Run:
         if (self.folder / DATA).exists():
             check_result(self.folder, self.real.info)
         self.union(first - 1)
+        if first > 1 and not names.idc_learned(self.folder, first - 1):
+            raise UserError(
+                f"{self.folder}: expected stage {first - 1} finished, found it interrupted; continue it by the same "
+                "command without --start-interval"
+            )
         self.init_subset(first, self.real)
         options.warn_of_few_images(self.real, ipc=args.ipc * args.num_intervals)
 

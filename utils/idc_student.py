@@ -65,7 +65,8 @@ class Student:
         if config.fix_iter > 1 and outer % config.fix_iter and self.network is not None:
             return
         self.network = None  # a checkpoint saved from here on holds none
-        number = outer % config.pool if config.pool else outer
+        pool = config.pool if self.unions or config.early else 0
+        number = outer // max(1, config.fix_iter) % pool if pool else outer
         network = self.new_network(number)
         optimizer = training.sgd(network, config.real)
         if self.unions or config.early:
@@ -114,7 +115,12 @@ class Student:
         distributed.broadcast_([*self.network.parameters(), *buffers])
 
     def train_on_real(self, outer, inner):
-        """Train the network on n_data // batch_size + 1 minibatches of an endless shuffle, net_epoch times."""
+        """Train the network on n_data // batch_size + 1 minibatches of an endless shuffle, net_epoch times.
+
+        Of no minibatch if n_data is 0, as published.
+        """
+        if not self.config.n_data:
+            return
         config, size = self.config.real, min(self.config.real.batch_size, len(self.real))
         count = self.config.n_data // config.batch_size + 1
         for epoch in range(config.epochs if distributed.is_rank0() else 0):

@@ -2,11 +2,14 @@
 
 import contextlib
 import tempfile
+from pathlib import Path
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from .run import distributed
+
+ASSUMED = 4 * 2**30  # bytes that are free, if nothing says how many are
 
 
 def saved_bytes(make):
@@ -36,14 +39,33 @@ def free_memory(device):
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024 // distributed.local_size()
-    except OSError:
-        pass
-    return 4 * 2**30  # no way to ask: assume what any current machine has
+    return min([*_host_memory(), *group_memory()], default=ASSUMED) // distributed.local_size()
+
+
+def _host_memory():
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        return [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
+    return []
+
+
+def group_memory(own="/proc/self/cgroup", root="/sys/fs/cgroup"):
+    """Return what the containers or SLURM jobs that this process is in may still use, a list of bytes.
+
+    Args:
+        own: the file that names the control groups of this process.
+        root: their folder.
+    """
+    found = []
+    with contextlib.suppress(OSError):
+        for line in Path(own).read_text().splitlines():
+            _, version, group = line.split(":", 2)
+            limit, used = {"": ("memory.max", "anon"), "memory": ("memory.limit_in_bytes", "rss")}.get(version, (0, 0))
+            place = Path(root, version, group.lstrip("/"))
+            for folder in (place, *place.parents) if limit else ():
+                with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                    stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                    found.append(int((folder / limit).read_text()) - int(stat[used]))
+    return found
 
 
 class Stack:

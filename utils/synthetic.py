@@ -152,7 +152,7 @@ def init_subset(real, ipc, init, rng, canvas=1, factor=1, pixels=False):
     if init == "mix":  # position after position of the grid
         index = index.reshape(info.num_classes, tiles**2, ipc).transpose(0, 2, 1)
     index = torch.from_numpy(np.ascontiguousarray(index)).flatten().to(device)
-    images = real.train.images[index].float() / 255 if pixels else real.train.batch(index)[0]
+    images = real.train.images[index].float().div_(255) if pixels else real.train.batch(index)[0]
     images = images.view(len(labels), tiles, tiles, info.channel, info.im_size, info.im_size)
     if init == "mix" and tiles > 1:
         return _shrunk_grids(images), labels

@@ -115,8 +115,8 @@ def load_buffer(path, mmap=True):
     return trajectories
 
 
-def _load_part(path):
-    trajectory = files.load(path, "a recorded expert")
+def _load_part(path, mmap=False):
+    trajectory = files.load(path, "a recorded expert", mmap)
     if not _is_trajectory(trajectory):
         raise UserError(f"{path}: expected a recorded expert (a trajectory), found something else; delete it")
     return trajectory
@@ -306,7 +306,11 @@ class BufferWriter:
         for path in buffer_files(folder):
             self.stored[int(re.search(r"\d+", path.name)[0])] = len(load_buffer(path))
         for part in (self.folder / PARTIAL).glob("expert_*.pt"):
-            _load_part(part)
+            try:
+                _load_part(part, mmap=True)
+            except UserError:
+                if part.exists():  # else another process has merged it
+                    raise
 
     def missing(self):
         """Return the numbers of the experts that are not on disk yet."""

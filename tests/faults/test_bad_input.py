@@ -93,6 +93,10 @@ def test_a_later_stage_without_the_one_before(place, capsys, monkeypatch):
     folder = place / "logs" / "Digits" / EXPERIMENT / "interval2_epoch3-4"
     arguments = [*STAGES, *SHORT, "--start_interval", "3", "--buffer_path", place / "buffers", "--root_log_dir",
                  place / "logs"]  # fmt: skip
+    summary = (folder / "stage.json").read_text()
+    (folder / "stage.json").write_text(summary.replace('"complete": true', '"complete": false'))
+    refused(D, arguments, place, "expected a finished stage, found it interrupted", capsys, monkeypatch)
+    (folder / "stage.json").write_text(summary)
     (folder / "images_best.pt").unlink()
     refused(D, arguments, place, "images_best.pt: expected images", capsys, monkeypatch)
     (folder / "replay_buffer_0.pt").unlink()

@@ -1,6 +1,7 @@
 import json
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -144,6 +145,15 @@ def test_pretrained_networks(run, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "train_together", lambda *_, **__: starts.append(1))
     assert run(D, *words, "--niter", "0.4", "--inner_loop", 1, "--epochs", 1, "--test")[0] == 0
     assert len(set(loaded)) == 4 and not starts  # nothing is taught by earlier unions
+
+
+def test_a_stage_that_was_interrupted_is_no_start(distilled, run, tmp_path):
+    folder = shutil.copytree(distilled, tmp_path / "digits" / distilled.name)
+    (folder / "interval_0.json").unlink()
+    before = files_of(tmp_path)
+    status, message = run(D, *SHORT, "--results", tmp_path, "--start-interval", 1)
+    assert status == 2 and "expected stage 1 finished, found it interrupted; continue it" in message
+    assert files_of(tmp_path) == before
 
 
 def test_evaluation_reports_every_mode(distilled, run):

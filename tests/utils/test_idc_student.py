@@ -1,5 +1,7 @@
 """The networks of PDD+IDC's outer iterations, against training written out."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -66,9 +68,9 @@ def test_early_epochs_and_sweeps_share_the_optimiser(make, real):  # SPEC 8.12
     assert same(before, momenta(optimizer)) and not same(before, momenta(student.optimizer))
 
 
-@pytest.mark.parametrize("n_data,count", [(500, 8), (512, 9), (63, 1), (64, 2), (2000, 32)])
+@pytest.mark.parametrize("n_data,count", [(500, 8), (512, 9), (63, 1), (64, 2), (2000, 32), (0, 0)])
 def test_an_update_takes_one_minibatch_more_than_fit(n_data, count, make, monkeypatch):  # SPEC 8.17
-    """n_data // 64 + 1 whole minibatches."""
+    """n_data // 64 + 1 whole minibatches, but none of no images."""
     sizes, step = [], torch.optim.SGD.step
 
     def minibatches(*arguments):
@@ -83,6 +85,20 @@ def test_an_update_takes_one_minibatch_more_than_fit(n_data, count, make, monkey
     student.begin(0)
     student.train_on_real(0, 0)
     assert sizes == [64] * count and len(steps) == count
+
+
+@pytest.mark.parametrize("taught,fix_iter,expected", [(True, 1, [0, 1, 0, 1]), (True, 2, [0, 0, 1, 1]),
+                                                     (False, 1, [0, 1, 2, 3]), (False, 2, [0, 0, 2, 2])])  # fmt: skip
+def test_a_pool_is_of_networks_that_earlier_unions_have_taught(taught, fix_iter, expected, make, real):
+    student = make([ImageDataset(*real.train.batch(slice(0, 20)))] * taught)
+    student.config = dataclasses.replace(student.config, pool=2, fix_iter=fix_iter)
+    new, made, used = student.new_network, [], []
+    student.new_network = lambda number: (made.append(number), new(number))[1]
+    for outer in range(4):
+        begun = len(made)
+        student.begin(outer)
+        used += made[begun : begun + 1] or used[-1:]  # the first one that is made is the one it works with
+    assert used == expected
 
 
 def test_updates_go_through_all_images_before_any_comes_again(make, monkeypatch):  # SPEC 8.17

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from utils import trajectories
-from utils.memory import Stack, saved_bytes
+from utils.memory import Stack, group_memory, saved_bytes
 
 
 def test_a_write_that_the_disk_takes_in_part_is_not_trusted(tmp_path, monkeypatch):
@@ -25,6 +25,20 @@ def test_a_write_that_the_disk_takes_in_part_is_not_trusted(tmp_path, monkeypatc
     for number in reversed(range(5)):
         assert torch.equal(stack.pop(start), start + number)
     assert not list(tmp_path.iterdir())
+
+
+def test_limits_of_containers_and_jobs_count(tmp_path):
+    for folder, limit, stat in (("job/step", "max", "anon 7"), ("job", "1000", "file 600\nanon 300"),
+                                ("memory/old", "500", "rss 100")):  # fmt: skip
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        name = "memory.limit_in_bytes" if "old" in folder else "memory.max"
+        (tmp_path / folder / name).write_text(f"{limit}\n")
+        (tmp_path / folder / "memory.stat").write_text(f"{stat}\n")
+    own = tmp_path / "cgroup"
+    for text, expected in (("0::/job/step\n", [700]), ("9:cpu:/job\n8:memory:/old\n", [400]), ("0::/other\n", [])):
+        own.write_text(text)
+        assert group_memory(own, tmp_path) == expected
+    assert group_memory(tmp_path / "nothing", tmp_path) == []
 
 
 def test_saved_tensors_count_once():

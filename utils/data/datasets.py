@@ -259,7 +259,7 @@ def _read_folders(name, root, info, subset, res, antialias):
     size = res or RES
     spec = class_folders.DecodeSpec(3, size, resize=True, measure=name == "folder", antialias=antialias)
     classes = imagenet.subset_classes(subset) if name == "ImageNet" else None
-    cache = dataset_subdir(name, root, subset, res).replace("/", "-")
+    cache = dataset_subdir(name, root, subset, res).replace("/", "-") + "-sharp" * (not antialias)
     arrays, names, measured, fingerprint = class_folders.read(cache, root, spec, classes=classes)
     mean, std = measured or (IMAGENET_MEAN, IMAGENET_STD)
     return ImageArrays(*arrays, DatasetInfo(name, len(names), names, 3, size, mean, std, fingerprint=fingerprint))

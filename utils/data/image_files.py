@@ -25,7 +25,8 @@ def decode(paths, spec):
         images[index] = np.atleast_3d(decode_image(paths[index], spec)).transpose(2, 0, 1)
 
     # Threads, because Pillow decodes and resizes without holding Python's lock.
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
+    with ThreadPoolExecutor(cores) as pool:
         for _ in pool.map(work, range(len(paths))):
             pass
     return images

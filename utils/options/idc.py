@@ -44,7 +44,7 @@ NET_TYPES = ("resnet", "resnet_ap", "convnet", "densenet", "efficient", "efficie
 SELECTIONS = ("idc", "random", "dsa", "kip", "herding")
 SMALL = ("mnist", "fashion", "svhn", "cifar10", "cifar100", "digits")
 BASE_SIZE = {"mnist": 28, "imagenet": 224, "digits": 8}  # of the scaling of lr_img; 32 for the others
-LARGE_IMAGES = 64  # own images above this many pixels are treated like ImageNet's, others like CIFAR's
+LARGE_IMAGES = 64  # own images above this many pixels have the lr_img of ImageNet's, others that of CIFAR's
 
 # Rows of tables that PDD+DM has, too.
 AUG_TYPE = ("-a --aug_type", strategy, "color_crop_cutout", "DSA of a pair of batches")
@@ -53,7 +53,7 @@ STUDENT = [
     ("--early", NATURAL, 0, "real epochs of a network before its first sweep"),
     ("--fix_iter", FROM_MINUS_ONE, -1, "outer iterations with one network (-1: one)"),
     ("--net_epoch", NATURAL, 1, "epochs on real images after each sweep"),
-    ("--n_data", COUNT, 500, "real images of these epochs"),
+    ("--n_data", NATURAL, 500, "real images of these epochs; 0: none, the networks stay as they are"),
 ]
 SPEED = [
     ("--transition_batch", COUNT, 1, "outer iterations whose networks are trained on the earlier unions together"),
@@ -117,8 +117,8 @@ def tables(start_interval):
             ("--mixup", ("vanilla", "cut"), "cut", "cut: CutMix on synthetic images; vanilla: none"),
             ("--mixup_net", ("vanilla", "cut"), "cut", "the same on real images"),
             ("--beta", POSITIVE, 1.0, "CutMix: lambda is drawn from Beta(beta, beta)"),
-            ("--mix_p", FRACTION, 1.0, "CutMix: probability (0.5 for images up to 32 pixels)"),
-            ("--dsa", truth, False, "DSA when training on synthetic images (True for those up to 32 pixels)"),
+            ("--mix_p", FRACTION, 1.0, "CutMix: probability (0.5 for data sets of at most 32 pixels)"),
+            ("--dsa", truth, False, "DSA when training on synthetic images (True for data sets of at most 32 pixels)"),
             ("--dsa_strategy", strategy, DSA_STRATEGY, "its entries, joined by _, or none"),
             ("--rrc", truth, True, "random resized crops if DSA is off"),
         ],
@@ -151,14 +151,15 @@ def tables(start_interval):
             ("--inner_loop", COUNT, 100, "sweeps over the classes in one outer iteration"),
             *STUDENT,
             ("--pt_from", FROM_MINUS_ONE, -1, "start from networks pretrained for so many epochs (-1: from new ones)"),
-            ("--pt_num", COUNT, 1, "number of pretrained networks"),
+            ("--pt_num", COUNT, 1, "from networks of so many epochs, --pt_from and those after it"),
             BATCH_REAL,
             ("--batch_syn_max", COUNT, 128, "decoded images of a class in one match, at most"),
             (
                 "--lr_img",
                 POSITIVE,
                 5e-3,
-                "learning rate of the images, scaled by ipc / 10 and (size / 32)^2; 224 instead of 32 for imagenet",
+                "learning rate of the images, scaled by ipc / 10 and (size / 32)^2; 224 instead of 32 for imagenet and "
+                "own images above 64 pixels, 28 for mnist, 8 for digits",
             ),
             ("--mom_img", FRACTION, 0.5, "momentum of the images"),
             ("--reproduce", FLAG, False, "the release's settings for this data set"),
@@ -230,7 +231,11 @@ def resolve_data(parser):
         parser.error("-d speech: expected image data; the speech commands of the release have never been published")
     if args.slct_type == "herding":
         parser.error("-s herding: expected idc, random, dsa or kip; the release declares herding and cannot run it")
-    if args.ipc < 1 and not (args.override_load_dir and "checks" in args):  # an evaluation finds it in the files
+    evaluates = "checks" in args
+    for option in ("override_load_dir", "slct_type"):
+        if option in given and not evaluates:
+            parser.error(f"--{option.replace('_', '-')}: expected for evaluate_idc.py alone; leave it out")
+    if args.ipc < 1 and not (args.override_load_dir and evaluates):  # an evaluation finds it in the files
         parser.error("--ipc: expected the number of images that every stage learns, found none")
 
     def derive(**settings):
@@ -242,8 +247,12 @@ def resolve_data(parser):
         derive(size=datasets.RES)
     elif dataset != "imagenet":
         args.size = info.KNOWN[args.data].im_size
+        if given.get("size", args.size) != args.size:
+            parser.error(f"--size {given['size']}: expected none for {dataset}, whose images have {args.size} pixels")
     if dataset != "imagenet":
         args.nclass = info.KNOWN[args.data].num_classes if args.data in info.KNOWN else 10
+        if given.get("nclass", args.nclass) != args.nclass:
+            parser.error(f"--nclass {given['nclass']}: expected none for {dataset}; it is an option of imagenet")
     elif not 2 <= args.nclass <= 100:
         parser.error(f"--nclass: expected 2 to 100, found {args.nclass}")
     if args.factor > args.size:

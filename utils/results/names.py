@@ -231,15 +231,13 @@ def dataset_title(name, subdir):
 
 def idc_stages(folder):
     """Return the stages (from 1) of a PDD+IDC result that have learned their subsets."""
-    found, stage = [], 1
-    while is_learned(
-        idc_summary(folder, stage),
-        Path(folder) / f"interval_{stage - 1}_data.pt",
-        Path(folder) / f"interval_{stage - 1}_metrics.jsonl",
-    ):
-        found.append(stage)
-        stage += 1
-    return found
+    return list(itertools.takewhile(lambda stage: idc_learned(folder, stage), itertools.count(1)))
+
+
+def idc_learned(folder, stage):
+    """True if `stage` (from 1) of a PDD+IDC result has learned its subset."""
+    data, log = (Path(folder) / f"interval_{stage - 1}_{end}" for end in ("data.pt", "metrics.jsonl"))
+    return is_learned(idc_summary(folder, stage), data, log)
 
 
 def selection(config):

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from . import distributed
 from .device import versions
-from .errors import UserError, one_line
+from .errors import UserError, is_out_of_memory, one_line
 
 CONFIG = "config.json"
 LOCK = ".lock"
@@ -88,6 +88,8 @@ def load(path, what="a file written by torch.save", mmap=False):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and can_map(path))
     except Exception as error:  # a damaged archive surfaces as whatever the parser stumbled over
+        if is_out_of_memory(error):
+            raise
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a cut-off archive leads to
             raise UserError(f"{path}: expected {what}, but it cannot be read ({error.strerror}); check it") from None
         found = f"a damaged or cut-off file ({one_line(error)[:80]}); make it anew"
@@ -235,8 +237,8 @@ def check_config(folder, config, free=(), name=CONFIG, defaults=None, **extra):
     content = read_json(path, "the options of the run in this folder", {"options": dict})
     if found := differing((defaults or {}) | content["options"], config, free):
         raise UserError(
-            f"{folder} holds a run with other options ({found}); repeat its options to continue it, or choose another "
-            "folder or --tag"
+            f"{folder} holds a run with other options ({found}); repeat its options to continue it, remove it, or "
+            "choose another folder (distillations: or --tag)"
         )
     return content
 

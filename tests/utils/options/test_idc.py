@@ -112,6 +112,21 @@ def test_derived_settings_and_what_is_given_wins(parse):
     assert parse("-d fashion --ipc 10").lr_img_scaled == pytest.approx(0.005 * (28 / 32) ** 2)
 
 
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        ("-d cifar10 --ipc 1 --size 64", "--size 64: expected none for cifar10, whose images have 32 pixels"),
+        ("-d digits --ipc 1 --nclass 5", "--nclass 5: expected none for digits; it is an option of imagenet"),
+        ("-d digits --ipc 1 -s random", "--slct-type: expected for evaluate_idc.py alone; leave it out"),
+        ("-d digits --ipc 1 --override-load-dir x", "--override-load-dir: expected for evaluate_idc.py alone"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(words, message, parse):
+    with pytest.raises(UserError, match=message):
+        parse(words)
+    assert parse("-d cifar10 --ipc 1 --size 32 --nclass 10").size == 32  # what is so anyway
+
+
 def test_epochs_of_imagenet():
     found = [evaluation_epochs("imagenet", n, False) for n in (1, 10, 50, 200, 500, 501)]
     assert found == [3000, 2000, 1500, 1000, 500, 300]

@@ -46,8 +46,6 @@ def test_a_named_folder_needs_no_ipc(monkeypatch):
     assert parsed(evaluate_idc, "-d digits --override-load-dir somewhere", monkeypatch).override_load_dir == "somewhere"
     with pytest.raises(Exception, match="--ipc: expected the number of images"):
         parsed(evaluate_idc, "-d digits", monkeypatch)
-    with pytest.raises(Exception, match="--ipc: expected the number of images"):
-        parsed(distill_idc, "-d digits --override-load-dir somewhere", monkeypatch)
 
 
 def test_help_has_one_group_of_each_title(monkeypatch, capsys):

@@ -223,7 +223,7 @@ def test_a_folder_belongs_to_the_options_that_made_it(tmp_path):
         files.check_config(tmp_path, OPTIONS | {"lr": 0.2, "tag": "y", "device": "cuda"}, free=("device",))
     assert str(error.value) == (
         f"{tmp_path} holds a run with other options (lr 0.1 there, 0.2 now; tag x there, y now); repeat its options to "
-        "continue it, or choose another folder or --tag"
+        "continue it, remove it, or choose another folder (distillations: or --tag)"
     )
     assert (tmp_path / "config.json").read_bytes() == before
 
