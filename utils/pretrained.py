@@ -44,14 +44,18 @@ def find_pretrained(folder, epochs, suffix):
 def pretrain(folder, network, real, config, seed, epochs, suffix):
     """Train a fresh network on `RealData` and save it after each of `epochs`, as `find_pretrained` finds it.
 
-    `config` is a `TrainConfig` that ends with the last of `epochs`.
+    `config` is a `TrainConfig` that ends with the last of `epochs`. Files that are all there already are kept.
     """
+    paths = {epoch: folder / f"network_{seed}_epoch{epoch}{suffix}.pt" for epoch in epochs}
+    if distributed.on_rank0(lambda: all(path.exists() for path in paths.values())):
+        log0(f"{folder}: network {seed} is there already")
+        return
     progress = Progress(config.epochs, f"pretraining network {seed}, epoch")
 
     def save(epoch, loss):
         progress.update(loss=loss)
         if epoch + 1 in epochs and distributed.is_rank0():
-            files.save(folder / f"network_{seed}_epoch{epoch + 1}{suffix}.pt", training.state_on_cpu(network))
+            files.save(paths[epoch + 1], training.state_on_cpu(network))
 
     training.train(network, real.train, config, seed, ("pretrain", seed), after_epoch=save)
     progress.close()

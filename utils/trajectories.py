@@ -340,8 +340,8 @@ class BufferWriter:
             path, stored = self.folder / f"replay_buffer_{number}.pt", self.stored.get(number, 0)
             parts = [self._part(k) for k in range(first + stored, min(first + self.group, self.count))]
             if parts and all(part.exists() for part in parts):
-                whole = load_buffer(path, mmap=False) if stored else []
-                files.save(path, whole + [_load_part(part) for part in parts])
+                whole = load_buffer(path) if stored else []
+                files.save(path, whole + [_load_part(part, mmap=True) for part in parts])
                 self.stored[number] = len(whole) + len(parts)
                 for part in parts:
                     part.unlink()

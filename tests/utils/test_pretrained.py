@@ -43,3 +43,6 @@ def test_a_training_saves_the_networks_of_its_last_epochs(tmp_path):  # SPEC 8.1
         training.train(expected, real.train, training.TrainConfig(epochs, 0.02, 0.9, batch_size=20), 5, ("pretrain", 5))
         found = load_pretrained(tmp_path / f"network_5_epoch{epochs}.pt", new())
         assert all(torch.equal(p, q) for p, q in zip(found.parameters(), expected.parameters(), strict=True))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    pretrain(tmp_path, new(), real, config, 5, range(2, 5), "")  # nothing is left to do
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
