@@ -16,10 +16,12 @@ def load_pretrained(path, network):
         saved = files.load(path, "a pretrained network")
         network.load_state_dict(saved)
         if not all(bool(value.isfinite().all()) for value in saved.values()):
-            raise UserError(f"{path}: expected finite parameters, found NaN or infinity; delete it and make it anew with --pretrain")
+            raise UserError(
+                f"{path}: expected finite parameters, found NaN or infinity; delete it, make it anew with --pretrain"
+            )
     except (RuntimeError, TypeError, AttributeError):
         raise UserError(
-            f"{path}: expected a network of this architecture, found another; delete it and make it anew with --pretrain"
+            f"{path}: expected a network of this architecture, found another; delete it, make it anew with --pretrain"
         ) from None
     return network
 
