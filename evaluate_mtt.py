@@ -129,8 +129,8 @@ def find_starts(args, real):
     """Return the experts whose first parameters the networks start from; None if there are no buffers."""
     try:
         folder = find_buffers(args.buffer_path, mtt.dataset_subdir(args), args.model, args.zca)
-    except UserError:
-        log0(f"no experts below {args.buffer_path}: networks start from random initialisations")
+    except UserError as error:
+        log0(f"note: networks start from random initialisations ({error})")
         return None
     check_data(folder, recorded_fingerprint(folder), real.info)
     network = training.new_network(args.model, real, args.seed, "shape")
