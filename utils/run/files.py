@@ -21,6 +21,7 @@ from .errors import UserError, is_out_of_memory, one_line
 CONFIG = "config.json"
 LOCK = ".lock"
 LOCK_TIMEOUT = 40.0  # seconds
+SMALL = 2**20  # bytes of a file that any machine can load
 
 
 @contextlib.contextmanager
@@ -88,7 +89,7 @@ def load(path, what="a file written by torch.save", mmap=False):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and can_map(path))
     except Exception as error:  # a damaged archive surfaces as whatever the parser stumbled over
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) and path.stat().st_size > SMALL:  # a small file needs much only if it is damaged
             raise
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a cut-off archive leads to
             raise UserError(f"{path}: expected {what}, but it cannot be read ({error.strerror}); check it") from None
