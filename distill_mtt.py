@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD
 
 import networks
+from networks.layers import has_batch_statistics
 from networks.reparam import ReparamModule, set_flat
 from utils import forgetting, options, sizes, stages, training
 from utils.augment import DSA
@@ -259,7 +260,7 @@ class Run:
         self.initial_images(self.real, max(range(first, args.num_intervals + 1), key=lambda p: self.ipcs[p - 1]))
         options.warn_of_few_images(self.real, ipc=sum(self.ipcs))
         warn_of_seen_images(buffers, options.held_out_fraction(args))
-        if any(True for _ in self.student.network.buffers()) and distributed.size() > args.trajectories_per_iteration:
+        if has_batch_statistics(self.student.network) and distributed.size() > args.trajectories_per_iteration:
             log0(f"note: {args.model} has batch statistics: its minibatches are not split over the ranks")
         return sizes.mtt_distillation(vars(args), self.real.info, len(self.real.train), len(experts))
 

@@ -24,6 +24,11 @@ def normalisation(kind, channels, size=None):
     raise ValueError(f"normalisation {kind!r}: none, batch, layer, instance or group expected")
 
 
+def has_batch_statistics(network):
+    """True if a layer of `network` keeps statistics of its minibatches: then a minibatch cannot be split."""
+    return any(True for _ in network.buffers())
+
+
 def is_padded_28(channel, im_size):
     """True for one-channel 28-pixel input, whose first convolution pads it to 32 pixels."""
     return channel == 1 and im_size == 28

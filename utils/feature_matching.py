@@ -18,9 +18,9 @@ import dataclasses
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 
+from networks.layers import has_batch_statistics
 from networks.precision import forward
 
 from . import multi_formation
@@ -57,7 +57,7 @@ def features_of(network, x, precision="fp32"):
 
 def last_linear(network):
     """Return the linear layer that makes a network's logits."""
-    return [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+    return [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +114,7 @@ class FeatureMatcher:
         frequencies = rng.standard_normal(shape, dtype=np.float32) if config.metric == "cf" else None
         learned = self.synthetic.learned.detach().requires_grad_()
         loss, gradient = learned.new_zeros(()), torch.zeros_like(learned)
-        own = list(distributed.share(range(classes)))
-        if any(True for _ in network.buffers()):  # statistics of a batch would depend on the number of ranks
-            own = list(range(classes if distributed.is_rank0() else 0))
+        own = list(distributed.share(range(classes), spread=not has_batch_statistics(network)))
         pixels = (self.batch_real + len(self.synthetic) // classes * config.factor**2) * learned.shape[-1] ** 2
         together = max(1, config.pass_pixels // pixels)  # classes
         for labels in (own[first : first + together] for first in range(0, len(own), together)):

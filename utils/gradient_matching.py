@@ -213,9 +213,7 @@ class GradientMatcher:
         classes = self.real.info.num_classes
         rng = stream(self.seed, "sweep", self.stage, number)
         draws = [self._draw(label, number, rng) for label in range(classes)]
-        own = distributed.share(range(classes))
-        if has_spectral_norm(network):
-            own = range(classes if distributed.is_rank0() else 0)
+        own = distributed.share(range(classes), spread=not has_spectral_norm(network))
         losses, gradients = images.new_zeros(classes), torch.zeros_like(images)
         for label in own:
             losses[label], gradients[label] = self._match_class(network, label, *draws[label])

@@ -6,6 +6,8 @@ import itertools
 import numpy as np
 import torch
 
+from networks.layers import has_batch_statistics
+
 from . import training
 from .run import distributed
 from .run.checkpoint import finish_each
@@ -130,7 +132,7 @@ def soft_labels(network, images, temperature):
     Batch normalisation takes the statistics of these images: trajectories hold no running ones.
     """
     network.train()
-    size = max(1, len(images)) if any(True for _ in network.buffers()) else 1024
+    size = max(1, len(images)) if has_batch_statistics(network) else 1024
     return torch.cat([(network(part) / temperature).softmax(1) for part in images.split(size)])
 
 

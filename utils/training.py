@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import networks
+from networks.layers import has_batch_statistics
 from networks.precision import forward
 
 from .augment import DSA, cutmix, imagenet_augment, random_windows
@@ -197,7 +198,7 @@ def train_together(members, images, config, seed, keys, stacked=None):
     """
     if stacked is None:
         on_gpu = images.labels.device.type == "cuda"
-        stacked = on_gpu and len(members) > 1 and not any(True for _ in members[0].buffers())
+        stacked = on_gpu and len(members) > 1 and not has_batch_statistics(members[0])
     if stacked:
         # Members are written only at its end; if memory runs out they train one by one.
         with contextlib.suppress(torch.OutOfMemoryError):

@@ -19,6 +19,8 @@ import functools
 
 import torch
 
+from networks.layers import has_batch_statistics
+
 from .augment import DSA, random_windows
 from .memory import Stack, free_memory, saved_bytes
 from .run import distributed
@@ -243,8 +245,7 @@ class TrajectoryMatcher:
     def __init__(self, student, experts, synthetic, config, seed=0, stage=1):
         self.student, self.experts, self.synthetic, self.config = student, experts, synthetic, config
         self.seed, self.stage = seed, stage
-        # Statistics of a batch would be those of a part of it.
-        splits = not any(True for _ in student.network.buffers())
+        splits = not has_batch_statistics(student.network)
         self.team, self.trajectories = distributed.form_teams(config.trajectories, splits)
         self.retained_graphs = None
 

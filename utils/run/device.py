@@ -34,7 +34,7 @@ def setup_device(name, precision="fp32"):
         torch.zeros(1, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); use auto or cpu") from None
     if device.type == "cuda":
         # The published runs had TF32 convolutions by PyTorch's default. Products stay in float32: crop and ZCA

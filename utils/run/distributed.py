@@ -135,9 +135,9 @@ def deal(items):
     return [hand for hand in (tuple(items[start :: size()]) for start in range(size())) if hand]
 
 
-def share(items):
-    """Return this rank's items: every `size()`th from `rank()` on."""
-    return items[rank() :: size()]
+def share(items, spread=True):
+    """Return this rank's items: every `size()`th from `rank()` on; unless they may be `spread`, all are rank 0's."""
+    return items[rank() :: size()] if spread else items[: len(items) * is_rank0()]
 
 
 @contextlib.contextmanager
