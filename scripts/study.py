@@ -3,7 +3,8 @@
     python scripts/study.py base-methods --scale small --jobs 2 --data_path data/cifar10-jpeg
     python scripts/study.py stages --methods mtt,idc --seeds 5 -- --device cuda
 
-base-methods  PDD in 5 stages; one stage with as many iterations as one of them; one stage with as many as all together
+base-methods  PDD in 5 stages; one stage with as many iterations and epochs of evaluation as one of them; one stage with
+              as many as all together
 stages        1, 2, 5 and 10 stages, 10 images per class and the same iterations in all
 experts       PDD+MTT with 3, 6, 12 and 24 experts
 larger        10, 50 and 100 images per class, in 5 stages and in one with as many iterations
@@ -34,13 +35,15 @@ from utils.run.log import log0, print0
 from utils.trajectories import buffer_folder
 
 ALL = reproduce.STAGES
-# {study: (images per class, [(stages, iterations of each in those that one of 5 stages makes)], [experts])}
+# {study: (images per class, [(stages, share of the iterations and of the evaluation's epochs on a union)], [experts])}
+# A share of 1 is what one of 5 stages makes.
 STUDIES = {
     "base-methods": ([10], [(ALL, 1), (1, 1), (1, ALL)], [None]),
     "stages": ([10], [(1, ALL), (2, ALL / 2), (5, ALL / 5), (10, ALL / 10)], [None]),
     "experts": ([10], [(ALL, 1)], [3, 6, 12, 24]),
     "larger": ([10, 50, 100], [(ALL, 1), (1, ALL)], [None]),
 }
+EPOCHS = {"epochs", "epoch_eval_train"}  # of an evaluation on a union
 
 
 def parse(words):
@@ -99,7 +102,7 @@ def shapes_of(args):
 
 
 def setting(row, stages, share, experts, args, extra):
-    """Return (label, [steps of each seed]) of the images of `row` in `stages` stages of `share` × its iterations."""
+    """Return (label, [steps of each seed]) of `row` in `stages` stages; `share` and `experts` are those of STUDIES."""
     method, steps = row.split("-")[1], reproduce.steps_of(row, places(args, 0), extra)
     before, experts = vars(steps[-2].args), experts or getattr(steps[0].args, "num_experts", None)
     ipc = before["ipc"] * before["num_intervals"] // stages
@@ -118,10 +121,13 @@ def setting(row, stages, share, experts, args, extra):
     for seed in range(args.seeds):
         words = {name: [str(value)] for name, value in (changed | {"seed": seed}).items()}
         steps = reproduce.steps_of(row, places(args, seed, f"{method}{experts}"), extra | words)
-        if steps[-1].script == "evaluate_mtt.py":  # evaluations have as many networks, however many experts there are
-            count = extra.get("num_experts", [reproduce.OWN[args.scale]["evaluate_mtt.py"]["num_experts"]])[0]
-            words = [*steps[-1].words, "--num_experts", str(count)]
-            steps[-1] = reproduce.Step(steps[-1].script, words, reproduce.options_of(steps[-1].script, words))
+        script, words, last = steps[-1]
+        if script == "evaluate_mtt.py":  # evaluations have as many networks, however many experts there are
+            count = extra.get("num_experts", [reproduce.OWN[args.scale][script]["num_experts"]])[0]
+            words = [*words, "--num_experts", str(count)]
+        for name in EPOCHS & vars(last).keys():
+            words = [*words, f"--{name}", str(round(vars(last)[name] * share))]
+        steps[-1] = reproduce.Step(script, words, reproduce.options_of(script, words))
         found.append(steps)
     return label, found
 

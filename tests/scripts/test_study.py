@@ -38,7 +38,9 @@ def test_settings_of_the_studies(scale):
         args = vars(steps[-2].args)
         assert args["ipc"] * args["num_intervals"] == 10 and vars(steps[-1].args)["ipc"] == args["ipc"]
         total = args.get("Iteration", args.get("niter")) * args["num_intervals"]
-        iterations.setdefault(label.split(",")[0], set()).add(total)
+        evaluation = vars(steps[-1].args)
+        epochs = evaluation.get("epoch_eval_train", evaluation.get("epochs")) * args["num_intervals"]
+        iterations.setdefault(label.split(",")[0], set()).add((total, epochs))
         folders.add(study.folder_of(steps[-1]))
     assert all(len(totals) == 1 for totals in iterations.values()) and len(folders) == len(found)
 
