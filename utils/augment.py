@@ -121,20 +121,17 @@ def _like(x, values):
 
 
 def color(x, u, _align_corners):
-    """Brightness, then saturation, then contrast."""
-    values = torch.stack([(u[:, 0] - 0.5) * BRIGHTNESS, u[:, 1] * SATURATION, u[:, 2] + CONTRAST])
-    brightness, saturation, contrast = _like(x, values)[:, :, None, None, None].unbind()
-    x = x + brightness
-    mean = x.mean(dim=1, keepdim=True)
-    x = (x - mean) * saturation + mean
-    mean = x.mean(dim=(1, 2, 3), keepdim=True)
-    return (x - mean) * contrast + mean
-
-
-def _shift_matrices(shift, size, like):
-    """One-hot (n, 2, size, size) matrices S with S @ rows shifting rows by `shift` (n, 2) pixels, zeros coming in."""
-    place = torch.arange(size, device=like.device)
-    return (place == place[:, None] + shift[:, :, None, None]).to(like.dtype)
+    """Brightness, then saturation, then contrast, worked out as y = mix x + (1 - contrast) mean(x) + brightness."""
+    channels = x.shape[1]
+    brightness, saturation, contrast = (u[:, 0] - 0.5) * BRIGHTNESS, u[:, 1] * SATURATION, u[:, 2] + CONTRAST
+    grey = torch.full((channels, channels), 1 / channels, dtype=u.dtype)
+    saturated = saturation[:, None, None] * (torch.eye(channels, dtype=u.dtype) - grey) + grey
+    mix = (contrast[:, None, None] * saturated).flatten(1)
+    values = _like(x, torch.cat([mix, 1 - contrast[:, None], brightness[:, None]], dim=1))[:, :, None]
+    mix, share, brightness = values.split([channels**2, 1, 1], dim=1)
+    offset = torch.addcmul(brightness, share, x.mean((1, 2, 3))[:, None, None])
+    mix = mix.view(-1, channels, channels).expand(len(x), -1, -1)
+    return torch.baddbmm(offset, mix, x.flatten(2)).view(x.shape)
 
 
 def _uniform_integers(u, count):
@@ -143,31 +140,32 @@ def _uniform_integers(u, count):
 
 
 def _shifted(x, shift):
-    """Shift x (B, C, H, H) by `shift` (n, 2) pixels down and right, filling with zeros."""
-    # A product with a one-hot matrix is exact, and its gradient needs no scattering.
-    rows, columns = _shift_matrices(shift, x.shape[-1], x).unbind(1)
-    return rows[:, None] @ x @ columns[:, None].transpose(2, 3)
+    """Shift x (B, C, H, H) by `shift` (n, 2), whole pixels up and left, filling with zeros."""
+    # The nearest pixel is exact, and so is its gradient: every pixel goes to one place at most.
+    return _sample(x, _translations(shift.flip(1) * (2 / x.shape[-1])), False, mode="nearest")
 
 
 def crop(x, u, _align_corners):
     """Shift by a whole number of pixels on each axis, filling with zeros."""
     reach = int(x.shape[-1] * CROP_PAD + 0.5)
-    return _shifted(x, _like(x, _uniform_integers(u[:, :2], 2 * reach + 1) - reach))
+    return _shifted(x, _uniform_integers(u[:, :2], 2 * reach + 1) - reach)
 
 
 def cutout(x, u, _align_corners):
     """Zero a square; its centre is uniform over the image."""
     size = x.shape[-1]
     side = int(size * CUTOUT + 0.5)
-    first = _like(x, _uniform_integers(u[:, :2], size + (1 - side % 2))[:, :, None] - side // 2)
-    place = torch.arange(size, device=x.device)
+    first = _uniform_integers(u[:, :2], size + (1 - side % 2))[:, :, None] - side // 2
+    place = torch.arange(size)
     rows, columns = ((place >= first) & (place < first + side)).unbind(1)
-    return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+    return x.masked_fill(_like(x, rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
 
 def flip(x, u, _align_corners):
     """Flip left and right with probability one half."""
-    return torch.where(_like(x, u[:, 0] < FLIP)[:, None, None, None], x.flip(3), x)
+    columns = torch.arange(x.shape[3])
+    columns = torch.where(u[:, :1] < FLIP, columns.flip(0), columns)
+    return x.gather(3, _like(x, columns)[:, None, None].expand(x.shape))
 
 
 def _sample(x, matrix, align_corners, mode="bilinear"):
@@ -181,6 +179,12 @@ def _rotations(angle):
     """Return rotation matrices (n, 2, 2) by angles (n,) in radians."""
     cos, sin = torch.cos(angle), torch.sin(angle)
     return torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
+
+
+def _translations(shift):
+    """Return matrices (n, 2, 3) that shift by `shift` (n, 2) half-widths, the unit of affine grids."""
+    eye = torch.eye(2, dtype=shift.dtype, device=shift.device)
+    return torch.cat([eye.expand(len(shift), 2, 2), shift[:, :, None]], dim=2)
 
 
 def scale(x, u, align_corners):
@@ -197,9 +201,7 @@ def rotate(x, u, align_corners):
 
 def translate(x, u, align_corners):
     """Shift by any share of the crop's reach on each axis, filling with zeros."""
-    shift = (u[:, :2] - 0.5) * (4 * CROP_PAD)  # of the half-width, which is the unit of affine grids
-    matrix = torch.cat([torch.eye(2, dtype=x.dtype).expand(len(u), 2, 2), shift[:, :, None]], dim=2)
-    return _sample(x, matrix, align_corners)
+    return _sample(x, _translations((u[:, :2] - 0.5) * (4 * CROP_PAD)), align_corners)
 
 
 OPERATIONS = {
