@@ -11,7 +11,7 @@ common=(--dataset Digits --model ConvNetW32 --lr_teacher 0.03 --batch_train 64)
 stages=(--ipc 1 --num_intervals 3 --max_start_epoch 5 --expert_epochs 2 --syn_steps 20 --lr_img 100 --lr_lr 1e-05)
 
 python buffer_mtt.py "${common[@]}" --num_experts 5 --train_epochs 8 --buffer_path "$out/buffers"
-python distill_mtt.py "${common[@]}" "${stages[@]}" --Iteration 200 --eval_it 50 --num_eval 2 \
-    --override_epoch_eval_train 100 --buffer_path "$out/buffers" --root_log_dir "$out/logged_files"
-python evaluate_mtt.py "${common[@]}" "${stages[@]}" --num_experts 5 --epoch_eval_train 200 --full_epochs 30 \
+python distill_mtt.py "${common[@]}" "${stages[@]}" --Iteration 100 --eval_it 50 --num_eval 2 \
+    --override_epoch_eval_train 80 --buffer_path "$out/buffers" --root_log_dir "$out/logged_files"
+python evaluate_mtt.py "${common[@]}" "${stages[@]}" --num_experts 5 --epoch_eval_train 80 --full_epochs 20 \
     --buffer_path "$out/buffers" --save_path "$out/logged_files"
