@@ -28,7 +28,7 @@ from utils.options import idc as idc_options
 from utils.pretrained import find_pretrained, load_pretrained, pretrain
 from utils.results import names
 from utils.run.device import setup_device
-from utils.run.log import Progress, log0
+from utils.run.log import Progress, log0, print0
 from utils.run.main import run_script
 from utils.run.streams import stream
 
@@ -62,8 +62,13 @@ def main():
             "torchrun starts it"
         )
     real = options.held_out(args, idc_options.load_data(args, device))
-    options.check_network(idc_options.network_spec(args), real, idc_options.network_title(args))
+    spec, smallest = idc_options.network_spec(args), args.ipc * args.factor**2
+    options.check_network(spec, real, idc_options.network_title(args), smallest)
     run = IdcRun(args, real, idc_options)
+    if args.pretrain and args.dry_run:
+        size = sizes.idc_pretraining(vars(args), real.info, len(real.train), run.pretrained_epochs)
+        print0(options.dry_run(args, {"data": idc_options.data_folder(args)}, run.pretrained, size))
+        return
     if args.pretrain:
         config = idc_options.train_config(args, run.pretrained_epochs[-1], real_images=True)
         network = run.new_network("pretrain", args.seed)

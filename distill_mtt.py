@@ -77,7 +77,8 @@ def main():
         inputs = {"data": args.data_path, "experts": run.buffers(args.start_interval)}
         print0(options.dry_run(args, inputs, run.experiment, size))
         return
-    there = sum(path.stat().st_size for path in run.experiment.glob("interval*/replay_buffer_*.pt"))
+    to_make = [run.folder(stage) for stage in range(args.start_interval, args.num_intervals + 1)]
+    there = sum(path.stat().st_size for folder in to_make for path in folder.glob("replay_buffer_*.pt"))
     files.need_disk(run.experiment, size.disk - there, "the buffers of the transitions")
     with files.locked(run.experiment):
         distributed.on_rank0(run.check_config)
@@ -257,10 +258,18 @@ class Run:
                 f"{self.folder(first - 1)}: expected a finished stage, found it interrupted; continue it by the same "
                 "command without --start_interval"
             )
-        self.initial_images(self.real, max(range(first, args.num_intervals + 1), key=lambda p: self.ipcs[p - 1]))
+        last = args.num_intervals
+        self.initial_images(self.real, max(range(first, last + 1), key=lambda p: self.ipcs[p - 1]))
+        self.initial_images(forgetting.as_many(self.real, args.drop_easy, last, last), last)
         options.warn_of_few_images(self.real, ipc=sum(self.ipcs))
         warn_of_seen_images(buffers, options.held_out_fraction(args))
-        if has_batch_statistics(self.student.network) and distributed.size() > args.trajectories_per_iteration:
+        batch_statistics = has_batch_statistics(self.student.network)
+        if batch_statistics and args.slice_size:
+            raise UserError(
+                f"--slice_size with {args.model}: expected a network without batch statistics, whose minibatches can "
+                "be taken in slices; leave --slice_size out"
+            )
+        if batch_statistics and distributed.size() > args.trajectories_per_iteration:
             log0(f"note: {args.model} has batch statistics: its minibatches are not split over the ranks")
         return sizes.mtt_distillation(vars(args), self.real.info, len(self.real.train), len(experts))
 

@@ -12,13 +12,14 @@ Takes the options of the distillation, whose folder it finds by them, or --overr
 import utils.run.quiet_imports  # noqa: F401 - before anything slow
 
 # isort: split
+import itertools
 from pathlib import Path
 
 import networks
 from utils import multi_formation, options, sizes, stages, training
 from utils.evaluation import EvalModel, Evaluation, evaluate_and_report
 from utils.options import FLAG, Parser, dm, idc
-from utils.results import names
+from utils.results import known, names
 from utils.results.other_methods import LOADERS
 from utils.results.provenance import check_result
 from utils.run import files
@@ -79,12 +80,15 @@ def main():
         print0(options.dry_run(args, inputs, folder / "report.json", size))
         return
     totals = [len(union) // real.info.num_classes for union in unions]
+    begins = itertools.accumulate([0, *totals]) if args.new_only else [0] * len(totals)
+    ranges = [(begin, begin + total) for begin, total in zip(begins, totals, strict=False)]
     if args.slct_type == "random":
-        datasets = stages.random_unions(real, totals, args.seed, ("selected",))
+        datasets = stages.random_unions(real, ranges, args.seed, ("selected",))
     evaluation = Evaluation(
         real=real,
         unions=datasets,
         ipc_totals=totals,
+        random_ranges=ranges,
         stages=list(range(args.num_intervals + 1 - len(totals), args.num_intervals + 1)),
         folder=folder,
         seed=args.seed,
@@ -109,7 +113,7 @@ def result_folder(args):
 def report_folder(args):
     """Return the folder that receives the report; random real images in place of a result have one beside it."""
     folder = result_folder(args)
-    return folder.with_name(f"{folder.name}_random") if args.slct_type == "random" else folder
+    return folder.absolute().with_name(f"{folder.absolute().name}_random") if args.slct_type == "random" else folder
 
 
 def read_idc(args, real, device):
@@ -117,6 +121,7 @@ def read_idc(args, real, device):
     folder = result_folder(args)
     names.check_stages(folder, names.idc_stages(folder), args.num_intervals)
     check_result(folder, real.info)
+    known.refuse_other_making(folder, factor=args.factor, decode_type=args.decode_type)
     learned = range(args.num_intervals if args.last_only else 1, args.num_intervals + 1)
     unions = [load_idc(folder, stage, real.info, device=device) for stage in learned]
     if args.ipc < 1:  # not needed to find the folder
@@ -133,7 +138,8 @@ def read_other(args, real, device):
     images, labels = LOADERS[args.slct_type](Path(args.override_load_dir), real.info)
     union = SyntheticSet(images.to(device), labels.to(device))
     args.ipc, args.num_intervals = len(union) // real.info.num_classes, 1
-    return {args.slct_type: args.override_load_dir}, [union], [union.dataset()], "unknown"
+    data = real.pixel_dataset(real.info.to_pixels(union.images), union.labels)
+    return {args.slct_type: args.override_load_dir}, [union], [data], "unknown"
 
 
 def decoded(union, args, real):
@@ -150,7 +156,9 @@ def eval_model(name, args, real, unions):
     else:
         title = spec = name
     options.check_network(spec, real, title)
-    epochs = max(1, args.epochs // args.factor**2) if args.same_compute else args.epochs
+    # Random real images are not packed: as many epochs are as much work.
+    packed = args.same_compute and args.slct_type != "random"
+    epochs = max(1, args.epochs // args.factor**2) if packed else args.epochs
 
     def configs(epochs):
         slow = [index >= SLOW_FROM and len(unions) > SLOW_FROM + 1 for index in range(len(unions))]
@@ -165,7 +173,7 @@ def eval_model(name, args, real, unions):
         count=args.repeat,
         configs={
             "distilled": configs(epochs),
-            "random": configs(epochs),
+            "random": configs(args.epochs),
             "full": [idc.train_config(args, args.full_epochs)],
             **{f"{other} epochs": configs(other) for other in args.eval_epochs or ()},
         },

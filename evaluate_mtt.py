@@ -18,6 +18,7 @@ import utils.run.quiet_imports  # noqa: F401 - before anything slow
 
 # isort: split
 import dataclasses
+import functools
 
 import networks
 from networks.reparam import set_flat
@@ -25,14 +26,14 @@ from utils import options, sizes, training
 from utils.augment import DSA
 from utils.evaluation import EvalModel, Evaluation, evaluate_and_report
 from utils.options import COUNT, FLAG, RATE, UNUSED, Parser, mtt
-from utils.results import names
+from utils.results import known, names
 from utils.results.provenance import check_data, check_result
 from utils.run import files
 from utils.run.device import setup_device
 from utils.run.errors import UserError
 from utils.run.log import log0, print0
 from utils.run.main import run_script
-from utils.stages import evaluation_config, soft_labels
+from utils.stages import evaluation_config, soft_labels_of_stages
 from utils.synthetic import load_mtt
 from utils.trajectories import Experts, find_buffers, recorded_fingerprint
 
@@ -67,7 +68,7 @@ def parse():
     parser.add_options("evaluation", options.EVALUATION + EVALUATION)
     parser.add_options("machine", options.MACHINE + options.SEED)
     args = parser.parse_args()
-    mtt.check_stages(parser, args)
+    mtt.check_stages(parser, args, first_ones=True)
     return args
 
 
@@ -79,6 +80,7 @@ def main():
     folders = names.find_mtt_stages(experiment, args.num_intervals, given)
     real = mtt.load_data(args, device)
     check_result(experiment, real.info)
+    known.refuse_other_making(experiment, zca=args.zca)
     pool = pool_of(args)
     for model in pool:
         options.check_network(model, real)
@@ -91,21 +93,23 @@ def main():
         print0(options.dry_run(args, inputs, experiment / "report.json", size))
         return
     with files.locked(experiment):
-        starts = find_starts(args, real)
+        starts, totals = find_starts(args, real), [len(union) // real.info.num_classes for union in unions]
         evaluation = Evaluation(
             real=real,
             unions=[union.dataset() for union in unions],
-            ipc_totals=[len(union) // real.info.num_classes for union in unions],
+            ipc_totals=totals,
+            # A canvas has the pixels of several images.
+            random_ranges=[(0, total * canvas**2) for total in totals],
             stages=list(range(1, len(unions) + 1)),
             folder=experiment,
             seed=args.seed,
-            config={**options.config_of(args), "starts": "experts" if starts else "random"},
+            config={**options.config_of(args), "starts": starts_digest(starts)},
             random=not args.skip_random,
             full_networks=0 if args.skip_full else args.full_networks,
         )
         if unions[-1].soft is not None:
             hard = [union.hard().dataset() for union in unions]
-            soften = soft_labels_of(args, real, starts, summaries[-1])
+            soften = soft_labels_of(args, real, starts, folders, totals, summaries[-1])
             evaluation = dataclasses.replace(evaluation, hard_unions=hard, soften=soften)
         dataset = names.dataset_title(args.dataset, mtt.dataset_subdir(args))
         select_on = names.selected_on(summaries)
@@ -122,7 +126,7 @@ def pool_of(args):
 
 def experiment_folder(args):
     folder = mtt.experiment_folder(args, args.save_path)
-    return folder.with_name(args.override_load_path) if args.override_load_path else folder
+    return folder.parent / args.override_load_path if args.override_load_path else folder
 
 
 def find_starts(args, real):
@@ -137,17 +141,30 @@ def find_starts(args, real):
     return Experts(folder, [parameter.shape for parameter in network.parameters()], 1, args.model)
 
 
-def soft_labels_of(args, real, starts, summary):
-    """Return the function of images that gives them the labels that the learned ones started from; None without one."""
+def starts_digest(starts):
+    """Return what tells the experts `starts` (None: none) from others."""
+    return files.digest([starts.parameters(k, 0) for k in range(len(starts))])[:12] if starts else "random"
+
+
+def soft_labels_of(args, real, starts, folders, totals, summary):
+    """Return the function of images that gives them labels as the learned ones started from; None without one."""
     if summary.get("soft_init") == "onehot":
         return None  # those are the hard labels
     temperature = summary.get("soft_temperature")
+    missing = "note: no row of random real images with soft labels: it needs stage.json and the experts"
     if not starts or not isinstance(temperature, (int, float)):
-        log0("note: no row of random real images with soft labels: it needs stage.json and the experts (--buffer_path)")
+        log0(f"{missing} (--buffer_path)")
         return None
     teacher = training.new_network(args.model, real, args.seed, "teacher")
-    set_flat(teacher, starts.parameters(0, starts.entries - 1))
-    return lambda images: soft_labels(teacher, images, temperature)
+    shapes = [parameter.shape for parameter in teacher.parameters()]
+    try:
+        experts = [starts, *(Experts(folder, shapes, 1, args.model) for folder in folders[:-1])]
+    except UserError as error:
+        log0(f"{missing} ({error})")
+        return None
+
+    vectors = [of_stage.parameters(0, of_stage.entries - 1) for of_stage in experts]
+    return functools.partial(soft_labels_of_stages, teacher, vectors, totals, temperature)
 
 
 def eval_model(name, args, real, unions, starts, experiment):
@@ -159,16 +176,15 @@ def eval_model(name, args, real, unions, starts, experiment):
 
     def network(k):
         network = fresh(k)
-        if own and starts and k < len(starts):
-            set_flat(network, starts.parameters(k, 0))
+        if own and starts:
+            set_flat(network, starts.parameters(k % len(starts), 0))
         return network
 
     def save(k, network):
         files.save(experiment / f"{args.save_model_prefix}_{name}_{k}.pt", training.snapshot(network))
 
-    def union_configs(epochs):
-        factors = args.stage_lr or [1] * len(unions)
-        lrs = [union.syn_lr * factor for union, factor in zip(unions, factors, strict=True)]
+    def union_configs(epochs, factors=args.stage_lr):
+        lrs = [union.syn_lr * factor for union, factor in zip(unions, factors or [1] * len(unions), strict=True)]
         return [mtt.union_config(args, real, epochs, lr, dsa) for lr in lrs]
 
     def real_config(epochs):
@@ -183,7 +199,7 @@ def eval_model(name, args, real, unions, starts, experiment):
         configs["fresh"] = configs["distilled"]
     if own and len(unions) > 1 and not args.skip_fresh:
         together = sum(config.epochs for config in configs["distilled"])
-        configs["last union"] = union_configs(together - 1)[-1:]  # one epoch more is run
+        configs["last union"] = union_configs(together - 1, factors=None)[-1:]  # one epoch more is run
     return EvalModel(
         name=name,
         network=network,

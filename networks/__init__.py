@@ -129,7 +129,7 @@ def idc_network(net_type, channel, num_classes, im_size, depth=3, width=1.0, nor
                 nn.init.normal_(module.weight, 0, std)
     elif net_type == "densenet":
         network = DenseNet(**shape)
-    elif net_type == "efficientnet":
+    elif net_type in ("efficient", "efficientnet"):
         from torchvision.models import efficientnet_b0  # only evaluations need it
 
         network = efficientnet_b0(num_classes=num_classes)

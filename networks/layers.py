@@ -29,6 +29,15 @@ def has_batch_statistics(network):
     return any(True for _ in network.buffers())
 
 
+def draws_numbers(network):
+    """True if a layer of `network` draws random numbers."""
+    # Importing torchvision takes as long as importing torch; only EfficientNet has StochasticDepth.
+    return any(
+        isinstance(layer, nn.modules.dropout._DropoutNd) or type(layer).__name__ == "StochasticDepth"
+        for layer in network.modules()
+    )
+
+
 def is_padded_28(channel, im_size):
     """True for one-channel 28-pixel input, whose first convolution pads it to 32 pixels."""
     return channel == 1 and im_size == 28

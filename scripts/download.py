@@ -51,7 +51,7 @@ def main():
     out = Path(args.out or default)
     wanted = select(list_files(folder_id), args.dataset)
     refused = []
-    with files.locked(out):
+    with files.locked(out, alone=False):  # other scripts may write below it
         for number, (file_id, path) in enumerate(wanted, 1):
             refused += fetch(file_id, out / path, f"[{number}/{len(wanted)}] {path}")
     for line in advice(args.what, out):
@@ -181,10 +181,15 @@ def advice(what, out):
         return [f"{path}: {len(buffer_files(path))} files; distill_mtt.py --buffer_path {path}" for path in folders]
     if what == "distilled_idc":
         folders = sorted({path.parent for path in out.rglob("interval_*_data.pt")})
-        return [f"{path}: evaluate_idc.py --override-load-dir {path}" for path in folders]
+        return [f"{path}: evaluate_idc.py{_options_idc(path)} --override-load-dir {path}" for path in folders]
     stages = {path.parent for path in out.rglob("images_best.pt")}
     folders = sorted({path.parent if STAGE_FOLDER.fullmatch(path.name) else path for path in stages})
     return [_advice_mtt(folder) for folder in folders]
+
+
+def _options_idc(folder):
+    names = {"dataset": "-d", "factor": "-f", "decode_type": "--decode_type"}
+    return "".join(f" {names[option]} {value}" for option, value in known.parse_idc_name(folder).items())
 
 
 def _advice_mtt(folder):

@@ -43,13 +43,14 @@ STUDIES = {
     "experts": ([10], [(ALL, 1)], [3, 6, 12, 24]),
     "larger": ([10, 50, 100], [(ALL, 1), (1, ALL)], [None]),
 }
+OWN = {"seed", "tag", "ipc", "num_intervals", "buffer_path", "results", "root_log_dir", "save_path"}  # set here
 EPOCHS = {"epochs", "epoch_eval_train"}  # of an evaluation on a union
 
 
 def parse(words):
     parser = Parser(__doc__)
     parser.add_argument("name", choices=STUDIES, help="of the study")
-    parser.add_argument("--methods", default="mtt,idc,dm", help="base methods, joined by commas")
+    parser.add_argument("--methods", help="base methods, joined by commas (default: mtt,idc,dm; experts: mtt)")
     parser.add_argument("--scale", default="full", choices=("full", "small"), help="small: ends on a CPU")
     parser.add_argument("--seeds", type=COUNT, default=3, help="seeds of the whole pipeline: 0, 1, …")
     parser.add_argument("--jobs", type=COUNT, default=1, help="scripts at the same time; on GPUs one for each")
@@ -57,6 +58,9 @@ def parse(words):
     parser.add_argument("--out", default="studies", help="folder of experts, results and tables")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, then stop")
     args = parser.parse_args(words)
+    args.methods = args.methods or ("mtt" if args.name == "experts" else "mtt,idc,dm")
+    if args.name == "experts" and args.methods != "mtt":
+        parser.error(f"--methods {args.methods}: expected mtt, the only one of the study experts; leave it out")
     if unknown := set(args.methods.split(",")) - reproduce.SCRIPTS.keys():
         parser.error(f"--methods: expected names out of {', '.join(reproduce.SCRIPTS)}, found {min(unknown)!r}")
     return args
@@ -66,7 +70,7 @@ def main():
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     args, extra = parse(words[:end]), reproduce.named(words[end + 1 :])
-    if own := {"seed", "tag", "ipc"} & extra.keys():
+    if own := OWN & {name.replace("-", "_") for name in extra}:
         raise errors.UserError(f"--{min(own)} after --: the study gives its runs this option; leave it out")
     runs = dict(setting(*shape, args, extra) for shape in shapes_of(args))
     everything = [steps for many in runs.values() for steps in many]
@@ -96,8 +100,7 @@ def main():
 def shapes_of(args):
     """Return the settings of a study as (row, stages, share of iterations, experts), the last as STUDIES has them."""
     totals, shapes, experts = STUDIES[args.name]
-    methods = ["mtt"] if args.name == "experts" else args.methods.split(",")
-    rows = [f"cifar10-{method}-ipc{total}" for method in methods for total in totals]
+    rows = [f"cifar10-{method}-ipc{total}" for method in args.methods.split(",") for total in totals]
     return [(row, *shape, n) for row in rows if row in reproduce.PRESETS for shape in shapes for n in experts]
 
 

@@ -116,8 +116,9 @@ def without(strategy, entry):
 
 
 def _like(x, values):
-    """Return `values`, a small tensor from the CPU, on the device of x, which is not waited for."""
-    return values.to(x.device, non_blocking=True)
+    """Return `values`, a tensor from the CPU, on the device of x, which is not waited for."""
+    # A GPU reads pinned memory later, by itself; what is not pinned, and large, it would make the CPU wait for.
+    return (values.pin_memory() if x.is_cuda else values).to(x.device, non_blocking=True)
 
 
 def color(x, u, _align_corners):

@@ -60,6 +60,7 @@ class Evaluation:
         real: `RealData`.
         unions: the distilled unions as `ImageDataset`s, in order.
         ipc_totals: images of each class in each of them.
+        random_ranges: for each of them (first, last): which of a class's random real images stand for it.
         stages: their numbers, from 1.
         folder: of the result; receives report.json, and each finished network if the evaluation is interrupted.
         seed: of the random streams.
@@ -75,6 +76,7 @@ class Evaluation:
     real: object
     unions: list
     ipc_totals: list
+    random_ranges: list
     stages: list
     folder: Path
     seed: int
@@ -115,10 +117,10 @@ def train_and_test(shared, model, kind, k, progress):
         return [[training.accuracy(network, test)]]
     unions = {"hard": shared.hard_unions, "last union": shared.unions[-1:]}.get(kind, shared.unions)
     if origin == "random":
-        unions = random_unions(shared.real, shared.ipc_totals, shared.seed, (k,))
+        unions = random_unions(shared.real, shared.random_ranges, shared.seed, (k,))
     if kind == "random_soft":
         for union in unions:
-            union.labels = shared.soften(union.images)
+            union.labels = shared.soften(union.batch(slice(None))[0])
     accuracies = staged_accuracies(
         network, unions, configs.__getitem__, test, shared.seed, keys, checks=shared.checks, progress=progress
     )
@@ -191,7 +193,7 @@ def evaluate_and_report(shared, models, own, **about):
         UserError: a class has too few images for the row of random real images.
     """
     if shared.random:
-        random_unions(shared.real, shared.ipc_totals, shared.seed, (0,))  # refuses before anything is trained
+        random_unions(shared.real, shared.random_ranges, shared.seed, (0,))  # refuses before anything is trained
     path = Path(shared.folder) / "report.json"
     before = distributed.on_rank0(lambda: report.earlier(path, shared.key))
     earlier = before.get("models", {})

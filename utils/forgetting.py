@@ -120,6 +120,11 @@ def dropped_fraction(fraction, stage, stages):
     return fraction * (stage - 1) / (stages - 1) if stages > 1 else 0.0
 
 
+def as_many(real, drop_easy, stage, stages):
+    """Return `RealData` of as many images as `stage` (of `stages`) has; which ones does not matter."""
+    return without_easy(real, torch.zeros(len(real.train)), dropped_fraction(drop_easy, stage, stages))
+
+
 def without_easy(real, scores, fraction):
     """Return `RealData` without the easiest `fraction` of each class's training images; at least one is kept."""
     if not fraction:

@@ -11,18 +11,20 @@ its own step gives v ← m^{c+1} v + g_c and x ← x_c − η v, and the K − 1
 classes of a sweep are matched together, and the result is that of the loop.
 """
 
+import contextlib
 import dataclasses
 
 import torch
 from torch.nn import functional as F
 
+from networks.layers import draws_numbers
 from networks.precision import forward
 
 from . import multi_formation
 from .augment import DSA
 from .run import distributed
 from .run.device import to_device
-from .run.streams import EndlessShuffle, stream
+from .run.streams import EndlessShuffle, stream, torch_seeded
 
 METRICS = ("mse", "l1", "l1_mean", "l2", "cos")
 
@@ -215,8 +217,11 @@ class GradientMatcher:
         draws = [self._draw(label, number, rng) for label in range(classes)]
         own = distributed.share(range(classes), spread=not has_spectral_norm(network))
         losses, gradients = images.new_zeros(classes), torch.zeros_like(images)
+        drawing = draws_numbers(network)
         for label in own:
-            losses[label], gradients[label] = self._match_class(network, label, *draws[label])
+            seed = int(stream(self.seed, "dropout", self.stage, number, label).integers(2**63))
+            with torch_seeded(seed, images.device) if drawing else contextlib.nullcontext():
+                losses[label], gradients[label] = self._match_class(network, label, *draws[label])
         return distributed.all_reduce_sum(losses), distributed.all_reduce_sum(gradients)
 
     def _draw(self, label, number, rng):

@@ -51,6 +51,8 @@ class Run:
                 "command without --start-interval"
             )
         self.init_subset(first, self.real)
+        last = args.num_intervals
+        self.init_subset(last, forgetting.as_many(self.real, args.drop_easy, last, last))
         options.warn_of_few_images(self.real, ipc=args.ipc * args.num_intervals)
 
     def claim(self):

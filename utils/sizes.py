@@ -18,6 +18,7 @@ from . import feature_matching, gradient_matching, multi_formation
 from . import trajectory_matching as matching
 from .memory import saved_bytes
 from .results.names import stage_ipcs
+from .run.errors import UserError
 
 TEST_IMAGES = 10_000  # of every data set of the paper
 TEST_BATCH = 1024  # of training.accuracy
@@ -120,6 +121,12 @@ def idc_distillation(config, info, train_images):
     )
 
 
+def idc_pretraining(config, info, train_images, epochs):
+    """Return the `Size` of distill_idc.py --pretrain, which saves the network after each of `epochs`."""
+    disk = len(epochs) * _bytes(_network(config, info))
+    return Size(f"{epochs[-1]} epochs of one network", disk, lambda: _training_memory(config, info, train_images))
+
+
 def dm_distillation(config, info, train_images):
     """Return the `Size` of distill_dm.py. What it writes are the unions of all stages and its state."""
     stages, together = config["num_intervals"], feature_matching.FeatureMatchConfig.pass_pixels
@@ -171,9 +178,12 @@ def _spec(config, name):
 
 def _build(spec, **shape):
     with torch.device("meta"):
-        if isinstance(spec, tuple):
-            return networks.idc_network(**shape, **dict(spec))
-        return networks.get_network(spec, **shape)
+        try:
+            if isinstance(spec, tuple):
+                return networks.idc_network(**shape, **dict(spec))
+            return networks.get_network(spec, **shape)
+        except (ValueError, ZeroDivisionError) as error:
+            raise UserError(f"network {dict(spec) if isinstance(spec, tuple) else spec}: {error}") from None
 
 
 def _images(info, count):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from networks.layers import has_batch_statistics
+from networks.reparam import set_flat
 
 from . import training
 from .run import distributed
@@ -136,16 +137,39 @@ def soft_labels(network, images, temperature):
     return torch.cat([(network(part) / temperature).softmax(1) for part in images.split(size)])
 
 
-def random_unions(real, ipc_totals, seed, keys):
+@torch.no_grad()
+def soft_labels_of_stages(network, vectors, totals, temperature, images):
+    """Return soft labels (N, K) of a union whose stages have a teacher each, as the learned ones started from.
+
+    Args:
+        network: takes the teachers' parameters.
+        vectors: flat parameters (numel,) of every stage's teacher.
+        totals: images of each class after each stage.
+        temperature: as for `soft_labels`.
+        images: (N, C, H, W), sorted by class, in a class by stage.
+    """
+    labels, classes = None, network(images[:1]).shape[1]
+    place = torch.arange(len(images), device=images.device) % (len(images) // classes)
+    for vector, first, last in zip(vectors, [0, *totals], totals, strict=False):
+        own = (place >= first) & (place < last)
+        if own.any():
+            set_flat(network, vector)
+            found = soft_labels(network, images[own], temperature)
+            labels = found.new_zeros(len(images), classes) if labels is None else labels
+            labels[own] = found
+    return labels
+
+
+def random_unions(real, ranges, seed, keys):
     """Return the unions of a distillation that learned nothing: random real images of equal number.
 
     Args:
         real: `RealData`.
-        ipc_totals: images of each class after each stage.
+        ranges: for each union (first, last): which of the images drawn for a class are in it.
         seed, keys: of the random stream.
 
     Returns:
-        List of `ImageDataset`s; each union begins with the images of the one before.
+        List of `ImageDataset`s.
     """
     rng = stream(seed, "random", *keys)
     device = real.train.images.device
@@ -153,9 +177,7 @@ def random_unions(real, ipc_totals, seed, keys):
         "leave the row of random real images out with --skip_random, or distil with --ipc times --num_intervals at "
         f"most {real.smallest_class}"
     )
-    chosen = np.stack([real.random_indices(c, max(ipc_totals), rng, advice) for c in range(real.info.num_classes)])
-    unions = []
-    for total in ipc_totals:
-        index = torch.from_numpy(chosen[:, :total].reshape(-1)).to(device)
-        unions.append(type(real.train)(*real.train.batch(index)))
-    return unions
+    most = max(last for _, last in ranges)
+    chosen = np.stack([real.random_indices(c, most, rng, advice) for c in range(real.info.num_classes)])
+    parts = [torch.from_numpy(chosen[:, first:last].reshape(-1)) for first, last in ranges]
+    return [real.train.subset(index.to(device)) for index in parts]

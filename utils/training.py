@@ -10,19 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import networks
-from networks.layers import has_batch_statistics
+from networks.layers import draws_numbers, has_batch_statistics
 from networks.precision import forward
 
 from .augment import DSA, cutmix, imagenet_augment, random_windows
 from .run import signals
 from .run.device import to_device
 from .run.streams import seeded, stream, torch_seeded
-
-
-def draws(layer):
-    """True if a layer of a network draws random numbers."""
-    # Importing torchvision takes as long as importing torch; only EfficientNet has this layer.
-    return isinstance(layer, nn.modules.dropout._DropoutNd) or type(layer).__name__ == "StochasticDepth"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +127,7 @@ def train_epoch(network, optimizer, images, config, rng, masks=None, index=None,
     """
     seen, total = 0, torch.zeros((), device=images.labels.device)
     # Layers that draw random numbers themselves get a seed for each minibatch.
-    seeds = int(rng.integers(2**62)) if any(map(draws, network.modules())) else None
+    seeds = int(rng.integers(2**62)) if draws_numbers(network) else None
     for number, (x, *target) in enumerate(minibatches(images, config, rng, index, shuffle)):
         with contextlib.nullcontext() if seeds is None else torch_seeded(seeds + number, x.device):
             loss = mixed_loss(forward(network, x, config.precision), *target)

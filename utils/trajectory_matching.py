@@ -15,7 +15,6 @@ student: each holds the graphs of its part of every minibatch, and the parts of 
 """
 
 import dataclasses
-import functools
 
 import torch
 
@@ -106,12 +105,13 @@ def match(
     theta, descent = start, -syn_lr
     for number, step in enumerate(steps):
         keep = number >= first_retained
-        gradient, *graph = _gradient(student, theta, images, labels, step, slice_size, keep, team)
+        inputs, slices = _gradients(student, theta, images, labels, step, slice_size, keep, team)
         if keep:
-            retained[number] = gradient, *graph
+            slices = list(slices)
+            retained[number] = inputs, slices
         else:
             thetas.push(theta)
-        whole = team.all_reduce_sum(gradient.clone()) if team.count > 1 else gradient
+        whole = team.all_reduce_sum(_total((gradient for gradient, _ in slices), theta))
         theta = torch.addcmul(theta, whole, descent)
 
     scale = 1 / (start - target).square().sum()
@@ -121,13 +121,15 @@ def match(
     labels_gradient = torch.zeros_like(labels) if labels.is_floating_point() else None
     for number in reversed(range(len(steps))):
         if number in retained:
-            gradient, inputs, vjps = retained.pop(number)
+            inputs, slices = retained.pop(number)
         else:
             theta = thetas.pop(start)
-            gradient, inputs, vjps = _gradient(student, theta, images, labels, steps[number], slice_size, True, team)
-        lr_gradients.append(gradient @ adjoint)
-        vector = adjoint * descent
-        of_slices = [vjp(vector, number > 0) for vjp in vjps]  # λ_0 is never used
+            inputs, slices = _gradients(student, theta, images, labels, steps[number], slice_size, True, team)
+        vector, of_slices = adjoint * descent, []
+        for gradient, vjp in slices:
+            lr_gradients.append(gradient @ adjoint)
+            of_slices.append(vjp(vector, number > 0))  # λ_0 is never used
+            del gradient, vjp  # the graph of one slice goes before the next one's is made
         if of_slices:
             _, of_inputs, *of_labels = zip(*of_slices, strict=True)
             images_gradient.index_add_(0, steps[number].index, _pull_back(*inputs, of_inputs, team))
@@ -138,33 +140,34 @@ def match(
             adjoint = adjoint + team.all_reduce_sum(_total([products for products, *_ in of_slices], adjoint))
     # Frozen images take part in the sums as well: telling them apart would wait for the device in every step.
     gradients = [] if labels_gradient is None else [labels_gradient[first_learned:]]
-    return loss, images_gradient[first_learned:], -torch.stack(lr_gradients).sum(), *gradients
+    lr_gradient = -torch.stack(lr_gradients).sum() if lr_gradients else torch.zeros_like(syn_lr)
+    return loss, images_gradient[first_learned:], lr_gradient, *gradients
 
 
 def _total(tensors, like):
-    """Return the sum of `tensors`, zeros if a rank has none."""
-    return functools.reduce(torch.add, tensors) if tensors else torch.zeros_like(like)
+    """Return the sum of `tensors`, a new tensor; zeros if a rank has none."""
+    total = None
+    for tensor in tensors:
+        total = tensor if total is None else total + tensor
+    return torch.zeros_like(like) if total is None else total
 
 
-def _gradient(student, theta, images, labels, step, slice_size, keep, team):
-    """Return what this rank's part of a minibatch adds to g(θ, x).
+def _gradients(student, theta, images, labels, step, slice_size, keep, team):
+    """Return what this rank's part of a minibatch adds to g(θ, x), slice by slice.
 
     Returns:
-        (gradient (numel,), (chosen images, augmented images), list of the slices' `vjp`s). If `keep` is False the vjps
-        are None.
+        ((chosen images, augmented images), iterator over (gradient (numel,), `vjp`) of the slices, each made when it is
+        asked for). If `keep` is False the vjps are None.
     """
     chosen = images[step.index].requires_grad_(keep)
     with torch.set_grad_enabled(keep):
         augmented = step.augment(chosen)
     inputs, targets = augmented.detach(), labels[step.rows(len(augmented))]
     first, last = team.part(len(inputs))
-    gradients, vjps = [], []
-    for begin in range(first, last, slice_size or len(inputs)):
-        part = slice(begin, min(begin + (slice_size or len(inputs)), last))
-        gradient, vjp = student.gradient(theta, inputs[part], targets[part], len(inputs), keep)
-        gradients.append(gradient)
-        vjps.append(vjp)
-    return _total(gradients, theta), (chosen, augmented), vjps
+    size = slice_size or len(inputs)
+    parts = [slice(begin, min(begin + size, last)) for begin in range(first, last, size)]
+    slices = (student.gradient(theta, inputs[part], targets[part], len(inputs), keep) for part in parts)
+    return (chosen, augmented), slices
 
 
 def _pull_back(chosen, augmented, gradients, team):
@@ -196,7 +199,12 @@ def choose_retained_graphs(wanted, student, start, synthetic, steps, slice_size=
 
 def graph_bytes(student, theta, images, labels, step, slice_size=None, team=ALONE):
     """Return the bytes that one student step keeps; arguments as for `match`, also on the device meta."""
-    return saved_bytes(lambda: _gradient(student, theta, images, labels, step, slice_size, True, team))
+
+    def graph():
+        inputs, slices = _gradients(student, theta, images, labels, step, slice_size, True, team)
+        return inputs, list(slices)
+
+    return saved_bytes(graph)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -392,16 +392,21 @@ def test_soft_labels_stand_beside_hard_ones_and_softened_random_images(buffers, 
 
     real, accuracies = datasets.load("Digits", "", torch.device("cpu")), []
     experts = load_buffer(buffers / "Digits" / "ConvNetW32" / "replay_buffer_0.pt")
+    (transition,) = (tmp_path / "soft").rglob("interval1_*/replay_buffer_0.pt")
     config = evaluation_config(6, 0.03, 128, DSA("color_crop_cutout_flip_scale_rotate"))
-    teacher = training.new_network("ConvNetW32", real, 0)
-    torch.nn.utils.vector_to_parameters(flatten(experts[0][-1]), teacher.parameters())
+    teachers = [training.new_network("ConvNetW32", real, 0) for _ in range(2)]
+    for teacher, expert in zip(teachers, (experts[0], load_buffer(transition)[0]), strict=True):
+        torch.nn.utils.vector_to_parameters(flatten(expert[-1]), teacher.parameters())
     for k in range(2):
         network = training.new_network("ConvNetW32", real, 0)
         torch.nn.utils.vector_to_parameters(flatten(experts[k][0]), network.parameters())
-        unions = random_unions(real, [1, 2], 0, (k,))
+        unions = random_unions(real, [(0, 1), (0, 2)], 0, (k,))
         with torch.no_grad():
-            for union in unions:
-                union.labels = (teacher(union.images) / 2).softmax(1)
+            for number, union in enumerate(unions):  # the second one has an image of each stage in every class
+                of_stages = [(teacher(union.batch(slice(None))[0]) / 2).softmax(1) for teacher in teachers]
+                union.labels = of_stages[0]
+                if number:
+                    union.labels[1::2] = of_stages[1][1::2]
         keys = ("random", "ConvNetW32", k)
         accuracies.append(staged_accuracies(network, unions, lambda _: config, real.test, 0, keys)[-1][-1])
     assert mean["random_soft"] == pytest.approx(sum(accuracies) / 2)

@@ -99,9 +99,9 @@ def test_checks_are_at_equal_distances_and_the_last_is_the_end(epochs, checks, a
 
 
 def test_random_unions_are_nested_and_of_their_classes(real):
-    unions = random_unions(real, [2, 4, 6], 0, (1,))
+    unions = random_unions(real, [(0, 2), (0, 4), (0, 6)], 0, (1,))
     assert [len(u) for u in unions] == [20, 40, 60]
-    rows = [[tuple(x.flatten().tolist()) for x in u.images] for u in unions]
+    rows = [[tuple(x.flatten().tolist()) for x in u.batch(slice(None))[0]] for u in unions]
     network_space, labels = real.train.batch(slice(None))
     for small, large in itertools.pairwise(range(3)):
         for label in range(10):
@@ -110,8 +110,29 @@ def test_random_unions_are_nested_and_of_their_classes(real):
             )
             assert many[: len(few)] == few and len(few) == unions[small].labels.eq(label).sum() == 2 * (small + 1)
             assert set(many) <= {tuple(x.flatten().tolist()) for x in network_space[labels == label]}
-    again, other = (random_unions(real, [2, 4, 6], 0, (k,)) for k in (1, 2))
+    again, other = (random_unions(real, [(0, 2), (0, 4), (0, 6)], 0, (k,)) for k in (1, 2))
     assert torch.equal(again[0].images, unions[0].images) and not torch.equal(other[0].images, unions[0].images)
+
+    first, second = random_unions(real, [(0, 2), (2, 6)], 0, (1,))  # of --new_only
+    both = torch.cat([first.images, second.images]).flatten(1)
+    assert len(second) == 40 and len(both.unique(dim=0)) == len(unions[2].images.flatten(1).unique(dim=0)) == 60
+
+
+@pytest.mark.parametrize("imagenet", [None, "no_crop"])
+def test_random_unions_are_augmented_as_the_real_images(real, imagenet):
+    """ImageNet's augmentation is made for pixels in [0, 1]."""
+    (union,) = random_unions(real, [(0, 20)], 0, ())
+    config = training.TrainConfig(1, 0.01, batch_size=200, imagenet=imagenet)
+    seen = []
+
+    class Watched(torch.nn.Linear):
+        def forward(self, x):
+            seen.append(x)
+            return super().forward(x.flatten(1))
+
+    training.train(Watched(64, 10), union, config, 0, ())
+    low, high = real.train.batch(slice(None))[0].aminmax()
+    assert seen[0].min() < low / 2 < 0 and seen[0].max() > high / 2 > 0.5
 
 
 def test_evaluation_networks_are_trained_once(real, tmp_path):

@@ -1,6 +1,8 @@
 import dataclasses
 import errno
+import functools
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -79,6 +81,25 @@ def test_slices_of_a_minibatch_are_exact(slice_size):
     found = match(student, start, target, lr, images, labels, steps, retained_graphs=2, slice_size=slice_size)
     for value, truth in zip(found, expected, strict=True):
         assert relative(value, truth) < 1e-10
+
+
+@pytest.mark.parametrize("retained_graphs,most", [(0, 1), (2, 6)])
+def test_one_slice_is_held_at_once(retained_graphs, most, monkeypatch):
+    """Of minibatches of 4 in slices of 2, besides those of retained steps."""
+    student, start, target, lr, images, labels, steps, _ = case()
+    living, counts, plain = weakref.WeakSet(), [], student.gradient
+
+    def gradient(*arguments):
+        counts.append(len(living))
+        found, vjp = plain(*arguments)
+        if vjp:
+            vjp = functools.partial(vjp)  # partial objects of its own can be told apart
+            living.add(vjp)
+        return found, vjp
+
+    monkeypatch.setattr(student, "gradient", gradient)
+    match(student, start, target, lr, images, labels, steps, 0, retained_graphs, slice_size=2)
+    assert len(counts) > 2 * len(steps) and max(counts) < most and not living
 
 
 @pytest.mark.parametrize("first_learned", [4, 9])

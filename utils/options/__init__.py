@@ -9,7 +9,10 @@ import difflib
 import math
 import sys
 
+import torch
+
 import networks
+from networks.layers import has_batch_statistics
 from networks.precision import PRECISIONS
 
 from .. import training
@@ -257,19 +260,23 @@ def held_out(args, real):
     return real.held_out(held_out_fraction(args))
 
 
-def check_network(spec, real, title=None):
+def check_network(spec, real, title=None, smallest=None):
     """Build a network once for the images of `real`, to refuse impossible pairs before any work.
 
     Args:
         spec: as for `training.new_network`.
         title: of the network, for the message, if `spec` is not its name.
+        smallest: images of the smallest minibatch that it will be trained on, if they can be too few.
 
     Raises:
-        UserError: the images are too small for it.
+        UserError: the images are too small for it, or too few.
     """
     try:
-        training.new_network(spec, real, 0)
-    except ValueError as error:
+        network = training.new_network(spec, real, 0)
+        if smallest and has_batch_statistics(network):
+            with torch.no_grad():
+                network.train()(real.train.batch(slice(smallest))[0])
+    except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"network {title or spec} on {real.info.name}: {error}") from None
 
 

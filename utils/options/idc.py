@@ -348,8 +348,7 @@ def result_folder(args):
 
 def network_spec(args):
     """Return the distillation's network as arguments of `networks.idc_network`."""
-    net_type = "efficientnet" if args.net_type == "efficient" else args.net_type
-    return {"net_type": net_type, "depth": args.depth, "width": args.width, "norm": args.norm_type}
+    return {"net_type": args.net_type, "depth": args.depth, "width": args.width, "norm": args.norm_type}
 
 
 def match_config(args):

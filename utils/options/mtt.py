@@ -53,12 +53,17 @@ def windows(text):
     return tuple(found)
 
 
-def check_stages(parser, args):
-    """Refuse options that have one value for each stage if their number is not that of the stages."""
+def check_stages(parser, args, first_ones=False):
+    """Refuse options that have one value for each stage if their number is not that of the stages.
+
+    `first_ones`: there may be more stages, of which the first ones are evaluated.
+    """
     for option in ("ipc", "start_epochs", "stage_lr"):
         value = getattr(args, option, None)
-        one_for_all = option == "start_epochs" and value and len(value) == 1
-        if isinstance(value, tuple) and len(value) != args.num_intervals and not one_for_all:
+        if not isinstance(value, tuple) or (option == "start_epochs" and len(value) == 1):  # one for all
+            continue
+        more = first_ones and option != "stage_lr" and len(value) > args.num_intervals
+        if len(value) != args.num_intervals and not more:
             parser.error(f"--{option}: expected {args.num_intervals} values (--num_intervals), found {len(value)}")
 
 

@@ -15,7 +15,8 @@ from ..data import datasets
 from ..data.info import IDC_NAMES, IDC_STATISTICS, IMAGENET_MEAN, IMAGENET_STD, KNOWN, SIZED, DatasetInfo
 from ..run import files
 from ..run.errors import UserError
-from .names import STAGE_FOLDER, base_method, mtt_stages
+from ..run.log import log0
+from .names import STAGE_FOLDER, base_method, idc_learned, mtt_learned, mtt_stages
 from .provenance import DATA
 
 IDC_FILE = re.compile(r"interval_(\d+)_data\.pt")
@@ -78,6 +79,7 @@ def find(folder, dataset=None, data_path=None, whitened=None, factor=None, decod
         raise UserError(f"{folder}: expected a folder of results, found {'a file' if folder.exists() else 'none'}")
     unions = {int(m[1]) + 1: path for path in folder.iterdir() if (m := IDC_FILE.fullmatch(path.name))}
     if unions:
+        unions = _learned(folder, unions, {stage for stage in unions if idc_learned(folder, stage)})
         _check_complete(folder, unions)
         return _find_idc(folder, unions, dataset, data_path, factor, decode_type)
     return _find_mtt(*_stage_folders(folder), dataset, data_path, whitened)
@@ -89,8 +91,10 @@ def _stage_folders(folder):
     if found:
         if doubled := next((stage for stage in found if len(found[stage]) > 1), None):
             raise UserError(f"{folder}: expected one folder interval{doubled}_epoch…, found {len(found[doubled])}")
+        found = {stage: paths[0] for stage, paths in found.items()}
+        found = _learned(folder, found, {stage for stage, path in found.items() if mtt_learned(path)})
         _check_complete(folder, found)
-        return folder, {stage: paths[0] for stage, paths in found.items()}
+        return folder, found
     if (folder / "images_best.pt").exists():
         stage = STAGE_FOLDER.fullmatch(folder.name)
         return (folder.parent, {int(stage[1]): folder}) if stage else (folder, {1: folder})
@@ -98,6 +102,15 @@ def _stage_folders(folder):
         f"{folder}: expected a result (interval{{p}}_epoch…/images_best.pt, images_best.pt or interval_{{i}}_data.pt) "
         "or an export of one (distilled.json), found none"
     )
+
+
+def _learned(folder, stages, learned):
+    """Return those of {stage: path} that are `learned`; an interrupted one holds what it has come to."""
+    if not learned:
+        raise UserError(f"{folder}: expected a finished stage, found none; the distillation's command continues it")
+    for stage in sorted(stages.keys() - learned):
+        log0(f"note: {folder}: stage {stage} is not finished; without it")
+    return {stage: path for stage, path in stages.items() if stage in learned}
 
 
 def _check_complete(folder, stages):
@@ -112,6 +125,25 @@ def _config(home):
         return {}, {}
     config = files.read_json(home / files.CONFIG, "the options of a run")
     return config.get("options") or {}, config.get("versions") or {}
+
+
+def refuse_other_making(folder, **given):
+    """Refuse options that differ from those that the result in `folder` was made with, as far as it says so.
+
+    Raises:
+        UserError: one does.
+    """
+    folder = Path(folder)
+    name = MTT_NAME.fullmatch(folder.name)
+    named = {"zca": bool(name["zca"])} if name else {}
+    known = _config(folder)[0] or _read_arguments(folder) or parse_idc_name(folder) or named
+    for option, value in given.items():
+        made = known.get(option, value)
+        if made != value and isinstance(value, bool):
+            advice = f"give --{option}" if made else f"leave --{option} out"
+            raise UserError(f"{folder}: made with{'' if made else 'out'} --{option}; {advice}")
+        if made != value:
+            raise UserError(f"{folder}: made with --{option} {made}, found --{option} {value}; give --{option} {made}")
 
 
 def _settle(home, option, given, known):

@@ -73,13 +73,14 @@ def find_mtt_stages(experiment, stages, names=None):
             f"{experiment}: expected one folder interval{doubled}_epoch…, found {len(found[doubled])}; name the "
             "folders with --override_interval_names"
         )
-    learned = [
-        stage
-        for stage, (folder, *_) in found.items()
-        if is_learned(folder / STAGE_FILE, folder / "images_best.pt", folder / "metrics.jsonl")
-    ]
+    learned = [stage for stage, (folder, *_) in found.items() if mtt_learned(folder)]
     check_stages(experiment, learned, stages)
     return [found[stage][0] for stage in range(1, stages + 1)]
+
+
+def mtt_learned(folder):
+    """True if the stage of PDD+MTT in `folder` has learned its subset."""
+    return is_learned(folder / STAGE_FILE, folder / "images_best.pt", folder / "metrics.jsonl")
 
 
 def is_learned(summary, data, log):
@@ -226,7 +227,7 @@ def read_idc_stage(folder, stage):
 
 def dataset_title(name, subdir):
     """Return how reports call a data set: own images and parts of ImageNet by the name in their results' `subdir`."""
-    return subdir.split("/")[1] if "/" in subdir else name
+    return subdir.split("/")[1] if "/" in subdir else subdir if name == "ImageNet" else name
 
 
 def idc_stages(folder):

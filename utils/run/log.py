@@ -119,14 +119,18 @@ class Log:
         if self.wandb != "disabled":
             import wandb
 
-            self.run = wandb.init(
-                project="Progressive-Dataset-Distillation",
-                mode=self.wandb,
-                config=self.config,
-                id=self.run_id,
-                resume="allow",
-                dir=str(self.path.parent),
-            )
+            try:
+                self.run = wandb.init(
+                    project="Progressive-Dataset-Distillation",
+                    mode=self.wandb,
+                    config=self.config,
+                    id=self.run_id,
+                    resume="allow",
+                    dir=str(self.path.parent),
+                )
+            except wandb.Error as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"--wandb {self.wandb}: {reason}; log in, or use --wandb offline") from None
             self.run_id = self.run.id
 
     def write(self, **row):

@@ -290,9 +290,9 @@ def test_more_images_than_a_class_has():
         init_subset(real, largest, init, np.random.default_rng(0), factor=factor)
         with pytest.raises(UserError, match=f"found [0-9]+; lower --ipc to {largest} at most, or begin with noise"):
             init_subset(real, largest + 1, init, np.random.default_rng(0), factor=factor)
-    random_unions(real, [most // 2, most], 0, ())
+    random_unions(real, [(0, most // 2), (0, most)], 0, ())
     with pytest.raises(UserError, match=f"--skip_random, or distil with --ipc times --num_intervals at most {most}$"):
-        random_unions(real, [most, most + 1], 0, ())
+        random_unions(real, [(0, most), (0, most + 1)], 0, ())
 
 
 def test_own_folders_without_train(tmp_path):
