@@ -246,6 +246,12 @@ class Run:
     def check_inputs(self):
         """Refuse what cannot work before anything is written; returns the run's size."""
         args, first = self.args, self.args.start_interval
+        batch_statistics = has_batch_statistics(self.student.network)
+        if batch_statistics and args.slice_size:
+            raise UserError(
+                f"--slice_size with {args.model}: expected a network without batch statistics, whose minibatches can "
+                "be taken in slices; leave --slice_size out"
+            )
         buffers = self.buffers(first)
         if first == 1:
             check_data(buffers, recorded_fingerprint(buffers), self.real.info)
@@ -263,12 +269,6 @@ class Run:
         self.initial_images(forgetting.as_many(self.real, args.drop_easy, last, last), last)
         options.warn_of_few_images(self.real, ipc=sum(self.ipcs))
         warn_of_seen_images(buffers, options.held_out_fraction(args))
-        batch_statistics = has_batch_statistics(self.student.network)
-        if batch_statistics and args.slice_size:
-            raise UserError(
-                f"--slice_size with {args.model}: expected a network without batch statistics, whose minibatches can "
-                "be taken in slices; leave --slice_size out"
-            )
         if batch_statistics and distributed.size() > args.trajectories_per_iteration:
             log0(f"note: {args.model} has batch statistics: its minibatches are not split over the ranks")
         return sizes.mtt_distillation(vars(args), self.real.info, len(self.real.train), len(experts))

@@ -76,6 +76,13 @@ CASES = [
     (E, [*STAGES, "--stage_lr", "1,0.5"], "--stage_lr: expected 3 values .--num_intervals., found 2"),
     (E, [*STAGES, "--stage_lr", "1,0.5,0"], "expected a number > 0.0, found '0' in '1,0.5,0'"),
     (E, [*STAGES, "--num_intervals", "4"], "expected 4 finished stages, found stages 1 to 3"),
+    (
+        D,
+        [*STAGES, "--model", "ConvNetBN", "--slice_size", "2"],
+        "--slice_size with ConvNetBN: expected a network without",
+    ),
+    (E, [*STAGES, "--zca", "--override_load_path", EXPERIMENT], "made without --zca; leave --zca out"),
+    (E, [*STAGES, "--override_load_path", "no/such/folder/"], "expected the folder of a distillation"),
     (E, [*STAGES, "--override_load_path", "nothing"], "expected the folder of a distillation"),
     (E, [*STAGES, "--dataset", "CIFAR10", "--data_path", "/nowhere"], "expected the folder of a distillation"),
 ]

@@ -110,7 +110,7 @@ def test_start_interval_goes_on_from_what_is_on_disk(distilled, run, tmp_path):
     "extra",
     [
         "--match feat --f_idx 0,1",
-        "-n densenet --lr_img 1e-5",
+        "-n densenet --lr_img 1e-5 --ipc 6",
         "--metric l1 --factor 3",
         "--factor 2 --decode_type multi --batch_syn_max 4 --init noise",
         "--factor 2 --decode_type bound --early 1 --fix_iter 2",
@@ -388,6 +388,35 @@ def test_sets_of_other_methods_are_evaluated(run, tmp_path):  # SPEC 8.18
         assert row["ipc_total"] == 10 and row["accuracy_mean"] > 50
     status, message = run(E, "-d", "digits", "-s", "dsa", "--ipc", 1)
     assert status == 2 and "-s dsa: expected its file with --override-load-dir" in message
+
+
+def test_a_result_is_evaluated_as_it_was_made(distilled, run, tmp_path):
+    folder = shutil.copytree(distilled, tmp_path / "own name")
+    words = ["-d", "digits", "--ipc", 2, "--num-intervals", 3, "--override-load-dir", folder]
+    status, message = run(E, *words, "-f", 2)
+    assert status == 2 and message.endswith(
+        f"error: {folder}: made with --factor 1, found --factor 2; give --factor 1\n"
+    )
+    status, message = run(E, *words, "--decode_type", "multi")
+    assert status == 2 and "made with --decode_type single, found --decode_type multi" in message
+
+
+def test_networks_that_cannot_be_trained_are_refused_before_any_work(run, tmp_path):
+    """Batch normalisation of one image whose last map is one pixel; no channels at all."""
+    words = [*SHORT, "--ipc", 1, "--results", tmp_path]
+    for extra, expected in (
+        (["-n", "resnet", "--depth", 10], "network resnet10in_w0.25 on Digits: Expected more than 1 value per channel"),
+        (["--width", "0.005"], "network conv2in_w0.005 on Digits: "),
+    ):
+        status, message = run(D, *words, *extra)
+        assert status == 2 and message.splitlines()[-1].startswith("error: ") and expected in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_pretraining_can_be_looked_at_first(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(D, *SHORT, "--pretrain", "--pt_from", 1, "--pt_num", 2, "--dry_run")[0] == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_images_are_matched_with_the_gradients_of_an_efficientnet(cifar_tree, run, tmp_path):  # SPEC 8.18

@@ -250,5 +250,6 @@ def test_idc_files_arrive(drive, fetched, tmp_path):
     drive.share(download.FOLDERS["distilled_idc"][0], tmp_path / "drive")
     status, printed, _, out = fetched("distilled_idc", "--dataset", "CIFAR10")
     assert status == 0 and plain(out) == plain(tmp_path / "drive")
-    assert f"evaluate_idc.py --override-load-dir {out}/cifar10/{folder.name}\n" in printed
+    words = "-d cifar10 -f 2 --decode_type single"
+    assert f"evaluate_idc.py {words} --override-load-dir {out}/cifar10/{folder.name}\n" in printed
     assert len(load_distilled(out / "cifar10" / folder.name)) == 80

@@ -390,6 +390,16 @@ def test_an_export_takes_the_place_of_an_earlier_one_only(distilled, exported, c
     assert (out / "notes.txt").read_text() == "mine"
 
 
+def test_stages_that_are_still_learned_are_left_out(copy, capfd):
+    for name in STAGES[:0:-1]:
+        (copy / name / "stage.json").unlink()
+        assert len(load_distilled(copy)) == 10 * STAGES.index(name)
+        assert f"stage {STAGES.index(name) + 1} is not finished; without it" in capfd.readouterr().err
+    (copy / STAGES[0] / "stage.json").unlink()
+    with pytest.raises(UserError, match="expected a finished stage, found none"):
+        load_distilled(copy)
+
+
 def test_export_as_a_user_runs_it(copy):
     done = run_script("scripts/export.py", copy, "--format", "png")
     first, second = done.stdout.splitlines()

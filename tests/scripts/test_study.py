@@ -166,6 +166,7 @@ def test_a_step_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
 def test_unknown_methods_are_one_line(monkeypatch, capsys):
     for words, message in (
         (["--methods", "mtt,icd"], "--methods: expected names out of mtt, idc, dm, found 'icd'"),
+        (["--", "--num-intervals", "3"], "--num_intervals after --: the study gives its runs this option"),
         (["--", "--seed", "3"], "--seed after --: the study gives its runs this option"),
         (["--methods", "idc", "--", "--num_experts", "4"], "no script of stages knows --num_experts"),
     ):
@@ -173,6 +174,12 @@ def test_unknown_methods_are_one_line(monkeypatch, capsys):
         with pytest.raises(SystemExit) as end:
             errors.run(study.main)
         assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_study_of_experts_has_one_method():
+    assert study.parse(["experts"]).methods == "mtt" and study.parse(["stages"]).methods == "mtt,idc,dm"
+    with pytest.raises(errors.UserError, match="--methods idc: expected mtt, the only one of the study experts"):
+        study.parse(["experts", "--methods", "idc"])
 
 
 def test_options_go_to_the_scripts_that_know_them():

@@ -172,6 +172,21 @@ def test_one_sweep_in_three_lines_without_files(counts):
     assert found == pytest.approx([sum(losses[:10]), sum(losses[10:])], rel=1e-12)
 
 
+def test_dropout_of_a_matched_network_is_that_of_its_class():
+    """The same images, network and sweep give the same losses, whatever was drawn from torch before."""
+    real, union = digits_and_union((20,))
+    layers = torch.nn.Conv2d(1, 4, 3), torch.nn.Dropout(0.5), torch.nn.Flatten(), torch.nn.Linear(144, 10)
+    network = torch.nn.Sequential(*layers).double()
+    config = GradientMatchConfig(0.05, DSA("none", "idc"), batch_real=4)
+    losses = []
+    for drawn in (1, 2):
+        torch.rand(drawn)
+        losses.append(float(GradientMatcher(real, union, config).sweep(network, 0)))
+        union = digits_and_union((20,))[1]
+    assert losses[0] == losses[1]
+    assert float(GradientMatcher(real, union, config, seed=1).sweep(network, 0)) != losses[0]
+
+
 def test_real_images_of_a_class_come_from_an_endless_shuffle():  # SPEC 8.17
     """Class 3 of the digits: minibatches of 64 repeat no image before the class is used up."""
     real, union = digits_and_union((20,))
