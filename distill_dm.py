@@ -1,9 +1,9 @@
 """Distil a data set in stages by matching distributions of features: PDD+DM.
 
     # CIFAR-10, 10 images per class in 5 stages of 2, with the experts of buffer_mtt.py
-    python buffer_mtt.py --dataset CIFAR10 --model ConvNet --num_experts 2 --train_epochs 8 --data_path data
-    python distill_dm.py -d cifar10 --model ConvNet -f 2 --ipc 2 --data_dir data
-    python evaluate_idc.py --method dm -d cifar10 --model ConvNet -f 2 --ipc 2 --data_dir data
+    python buffer_mtt.py --dataset CIFAR10 --num_experts 2 --train_epochs 8 --lr_teacher 0.02 --mom 0.9
+    python distill_dm.py -d cifar10 -f 2 --ipc 2 --metric cf --calibration 0.5
+    python evaluate_idc.py --method dm -d cifar10 -f 2 --ipc 2 --metric cf --calibration 0.5
 
 Each stage learns ipc images of every class while those of earlier stages stay frozen: they take part in the means that
 are matched. The features are those of networks between two epochs of an expert, or with --transition union of networks

@@ -3,7 +3,7 @@
     python evaluate_idc.py --reproduce -d cifar10 -f 2 --ipc 2 --data_dir data --tag progressive --niter 2000
 
     # PDD+DM
-    python evaluate_idc.py --method dm --model ConvNet -d cifar10 -f 2 --ipc 2 --data_dir data
+    python evaluate_idc.py --method dm -d cifar10 -f 2 --ipc 2 --metric cf --calibration 0.5
 
 Takes the options of the distillation, whose folder it finds by them, or --override-load-dir FOLDER; published
 `interval_*_data.pt` files are read as they are. Prints a table and writes report.json and accuracy.png beside them.

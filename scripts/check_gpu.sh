@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: the tests that need one, then every benchmark's table there, for RESULTS.md.
+# On a machine with an NVIDIA GPU: the tests that need one, then the tables of six benchmarks, for RESULTS.md.
 # --data_path names CIFAR-10 as class folders or the authors' files; further arguments go to the benchmarks.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh" requirements-dev.txt

@@ -49,11 +49,11 @@ EPOCHS = {"epochs", "epoch_eval_train"}  # of an evaluation on a union
 
 def parse(words):
     parser = Parser(__doc__)
-    parser.add_argument("name", choices=STUDIES, help="of the study")
+    parser.add_argument("name", choices=STUDIES, help="which one, see above")
     parser.add_argument("--methods", help="base methods, joined by commas (default: mtt,idc,dm; experts: mtt)")
     parser.add_argument("--scale", default="full", choices=("full", "small"), help="small: ends on a CPU")
     parser.add_argument("--seeds", type=COUNT, default=3, help="seeds of the whole pipeline: 0, 1, …")
-    parser.add_argument("--jobs", type=COUNT, default=1, help="scripts at the same time; on GPUs one for each")
+    parser.add_argument("--jobs", type=COUNT, default=1, help="scripts at the same time; several GPUs are shared out")
     parser.add_argument("--data_path", help="folder of the data set, instead of the scripts' default")
     parser.add_argument("--out", default="studies", help="folder of experts, results and tables")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, then stop")

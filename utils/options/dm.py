@@ -20,7 +20,12 @@ MATCHING = [
     idc.AUG_TYPE,
     ("--metric", METRICS, "mean", "distance of features: of their means, or of their characteristic functions"),
     ("--cf_alpha", FRACTION, 0.5, "--metric cf: weight of the amplitudes; the rest is that of the phases"),
-    ("--calibration", RATE, 0.0, "weight of the synthetic images' cross-entropy under a finished expert"),
+    (
+        "--calibration",
+        RATE,
+        0.0,
+        "weight of the synthetic images' cross-entropy under a finished expert; 0.5 in scripts/reproduce.py",
+    ),
     ("--window", ("all", "stage"), "all", "epochs of the experts that a stage sees: all, or its part of them"),
     (
         "--transition",

@@ -51,7 +51,7 @@ AUG_TYPE = ("-a --aug_type", strategy, "color_crop_cutout", "DSA of a pair of ba
 BATCH_REAL = ("--batch_real", COUNT, 64, "real images of a class in one match")
 STUDENT = [
     ("--early", NATURAL, 0, "real epochs of a network before its first sweep"),
-    ("--fix_iter", FROM_MINUS_ONE, -1, "outer iterations with one network (-1: one)"),
+    ("--fix_iter", FROM_MINUS_ONE, -1, "outer iterations that a network is kept for (-1: one)"),
     ("--net_epoch", NATURAL, 1, "epochs on real images after each sweep"),
     ("--n_data", NATURAL, 500, "real images of these epochs; 0: none, the networks stay as they are"),
 ]
@@ -99,7 +99,7 @@ def tables(start_interval):
         "network": [
             ("-n --net_type", NET_TYPES, "convnet", "network"),
             ("--norm_type", ("batch", "instance", "sn", "none"), "instance", "its normalisation"),
-            ("--depth", COUNT, 10, "its depth (convnet: 3)"),
+            ("--depth", COUNT, 10, "blocks of a convnet (3; digits: 2), or layers of another network"),
             ("--width", POSITIVE, 1.0, "factor on its channels"),
         ],
         "training of networks": [
@@ -111,7 +111,7 @@ def tables(start_interval):
                 "3000 to 200, fewer for more images; evaluate_idc.py 500, with --last_only or --new_only 1000)",
             ),
             ("--batch_size", COUNT, 64, "images in a minibatch"),
-            ("--lr", POSITIVE, 0.01, "learning rate"),
+            ("--lr", POSITIVE, 0.01, "learning rate; 0.1 for tiny-imagenet and imagenet"),
             ("--momentum", RATE, 0.9, "momentum"),
             ("--weight-decay --wd", RATE, 5e-4, "weight decay"),
             ("--mixup", ("vanilla", "cut"), "cut", "cut: CutMix on synthetic images; vanilla: none"),
@@ -119,7 +119,12 @@ def tables(start_interval):
             ("--beta", POSITIVE, 1.0, "CutMix: lambda is drawn from Beta(beta, beta)"),
             ("--mix_p", FRACTION, 1.0, "CutMix: probability (0.5 for data sets of at most 32 pixels)"),
             ("--dsa", truth, False, "DSA when training on synthetic images (True for data sets of at most 32 pixels)"),
-            ("--dsa_strategy", strategy, DSA_STRATEGY, "its entries, joined by _, or none"),
+            (
+                "--dsa_strategy",
+                strategy,
+                DSA_STRATEGY,
+                "operations of DSA, joined by _, or none; cutout only without CutMix",
+            ),
             ("--rrc", truth, True, "random resized crops if DSA is off"),
         ],
         "synthetic images": [
@@ -130,7 +135,12 @@ def tables(start_interval):
                 "images of each class that every stage learns; needed unless --override-load-dir is read",
             ),
             ("-f --factor", COUNT, 1, "images on each side of one synthetic image (multi-formation)"),
-            ("--decode_type", ("single", "multi", "bound"), "single", "how images are decoded"),
+            (
+                "--decode_type",
+                ("single", "multi", "bound"),
+                "single",
+                "cut an image into factor x factor; multi: and into fewer; bound: as --batch_syn_max allows",
+            ),
             ("--init", ("random", "noise", "mix"), "random", "what new images start from (mix if factor > 1)"),
             ("--num-intervals", COUNT, 5, "stages P"),
             ("--start-interval", NATURAL, 0, start_interval),
@@ -184,7 +194,7 @@ def tables(start_interval):
             # Published: each of several commands learned nclass_sub classes, with networks that knew no others.
             ("--phase", FROM_MINUS_ONE, -1, f"{UNUSED}: torchrun spreads the classes of one command over processes"),
             ("--nclass_sub", FROM_MINUS_ONE, -1, f"{UNUSED}: torchrun spreads the classes of one command"),
-            ("--test", FLAG, False, "no evaluation in a stage; results in {results}/test"),
+            ("--test", FLAG, False, "no evaluation in a stage; the result is {results}/test itself, one at a time"),
             ("--pretrained", FLAG, False, UNUSED),
             ("--verbose", FLAG, False, UNUSED),
             ("--time", FLAG, False, "print the seconds of each outer iteration"),

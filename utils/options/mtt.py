@@ -86,7 +86,12 @@ AUGMENTATION = [
         True,
         "differentiable Siamese augmentation (buffer_mtt.py without it: DC's crop, scale and rotate)",
     ),
-    ("--dsa_strategy", strategy, DSA_STRATEGY, "its entries, joined by _, or none"),
+    (
+        "--dsa_strategy",
+        strategy,
+        DSA_STRATEGY,
+        "operations, joined by _: color, crop, cutout, flip, scale, rotate, translate; or none",
+    ),
 ]
 
 # What names a PDD+MTT experiment's folder, for distillation and evaluation.
@@ -103,7 +108,12 @@ EXPERIMENT = [
     ("--syn_steps", COUNT, 20, "student steps in one iteration"),
     ("--max_start_epoch", COUNT, 25, "number of possible start epochs"),
     ("--lr_img", POSITIVE, 1000, "learning rate of the images"),  # an int: see experiment_folder
-    ("--lr_lr", RATE, 1e-05, "learning rate of syn_lr; 1e-05 from stage 2 on for CIFAR10 at --ipc 1"),
+    (
+        "--lr_lr",
+        RATE,
+        1e-05,
+        "learning rate of syn_lr; for CIFAR10 at --ipc 1 always 1e-05 from stage 2 on, as published",
+    ),
     ("--lr_teacher", POSITIVE, 0.01, "learning rate of the experts; where syn_lr starts"),
     ("--batch_real", COUNT, 256, UNUSED),
     ("--batch_syn", COUNT, None, "images in a student's minibatch (default: classes x ipc)"),
