@@ -111,7 +111,8 @@ def match(
             retained[number] = inputs, slices
         else:
             thetas.push(theta)
-        whole = team.all_reduce_sum(_total((gradient for gradient, _ in slices), theta))
+        own = _total((gradient for gradient, _ in slices), theta)
+        whole = team.all_reduce_sum(own.clone()) if team.count > 1 else own  # a retained gradient stays as it is
         theta = torch.addcmul(theta, whole, descent)
 
     scale = 1 / (start - target).square().sum()
@@ -145,7 +146,7 @@ def match(
 
 
 def _total(tensors, like):
-    """Return the sum of `tensors`, a new tensor; zeros if a rank has none."""
+    """Return the sum of `tensors`, zeros if a rank has none."""
     total = None
     for tensor in tensors:
         total = tensor if total is None else total + tensor
