@@ -16,7 +16,7 @@ from utils.results import hours
 from utils.run import errors
 
 SHORT = shlex.split(
-    "--num_intervals 2 --num_experts 2 --train_epochs 4 --batch_train 32 --Iteration 2 --eval_it 1 --lr_lr 0 "
+    "--num_experts 2 --train_epochs 4 --batch_train 32 --Iteration 2 --eval_it 1 --lr_lr 0 "
     "--syn_steps 2 --num_eval 1 --override_epoch_eval_train 1 --epoch_eval_train 1 --full_epochs 1"
 )
 SMALLEST = ([10], [(1, 2)], [None])  # in place of base-methods
@@ -104,7 +104,7 @@ def test_the_table_is_that_of_the_reports(studied, cifar_tree):
     out, before, printed = studied
     rows = json.loads((out / "base-methods.json").read_text())["rows"]
     (row,) = rows
-    assert row["setting"] == "MTT, 1 × 4, Iteration 4, 2 experts"
+    assert row["setting"] == "MTT, 1 × 10, Iteration 4, 2 experts"
     folders = [next((out / f"seed{seed}" / "results" / "CIFAR10").iterdir()) for seed in (0, 1)]
     reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
     assert row["accuracies"] == [found["headline"]["accuracy_mean"] for found in reports]
@@ -114,7 +114,7 @@ def test_the_table_is_that_of_the_reports(studied, cifar_tree):
     assert row["distillation"] == pytest.approx(sum(found["distill_mtt.py"]["hours"] for found in spent) / 2)
     assert spent[0]["buffer_mtt.py"]["hours"] > before["buffer_mtt.py"]["hours"]  # of both runs
     assert (out / "base-methods.md").read_text().strip() in printed
-    assert "MTT, 1 × 4" in printed and "<!DOCTYPE html>" in (out / "base-methods.html").read_text()
+    assert "MTT, 1 × 10" in printed and "<!DOCTYPE html>" in (out / "base-methods.html").read_text()
 
 
 def test_a_finished_study_runs_nothing(studied, cifar_tree, monkeypatch, capsys):
