@@ -100,15 +100,13 @@ def match(
         (loss 0-dim, gradient of images[first_learned:], gradient of syn_lr 0-dim), with probabilities also that of
         labels[first_learned:], all detached. In a team the loss is the whole one; its ranks' gradients add up.
     """
-    first_retained = len(steps) - retained_graphs
     thetas, retained = Stack(), {}
     theta, descent = start, -syn_lr
     for number, step in enumerate(steps):
-        keep = number >= first_retained
+        keep = number >= len(steps) - retained_graphs
         inputs, slices = _gradients(student, theta, images, labels, step, slice_size, keep, team)
         if keep:
-            slices = list(slices)
-            retained[number] = inputs, slices
+            retained[number] = inputs, (slices := list(slices))
         else:
             thetas.push(theta)
         own = _total((gradient for gradient, _ in slices), theta)
@@ -126,19 +124,16 @@ def match(
         else:
             theta = thetas.pop(start)
             inputs, slices = _gradients(student, theta, images, labels, steps[number], slice_size, True, team)
-        vector, of_slices = adjoint * descent, []
-        for gradient, vjp in slices:
-            lr_gradients.append(gradient @ adjoint)
-            of_slices.append(vjp(vector, number > 0))  # λ_0 is never used
-            del gradient, vjp  # the graph of one slice goes before the next one's is made
+        of_slices, products = list(_backwards(slices, adjoint, descent, number > 0)), ()  # λ_0 is never used
         if of_slices:
-            _, of_inputs, *of_labels = zip(*of_slices, strict=True)
+            of_lr, products, of_inputs, *of_labels = zip(*of_slices, strict=True)
+            lr_gradients += of_lr
             images_gradient.index_add_(0, steps[number].index, _pull_back(*inputs, of_inputs, team))
             if of_labels:  # which are probabilities
                 rows, part = steps[number].rows(len(inputs[1])), team.part(len(inputs[1]))
                 labels_gradient.index_add_(0, rows[slice(*part)], torch.cat(of_labels[0]))
         if number:
-            adjoint = adjoint + team.all_reduce_sum(_total([products for products, *_ in of_slices], adjoint))
+            adjoint = adjoint + team.all_reduce_sum(_total(products, adjoint))
     # Frozen images take part in the sums as well: telling them apart would wait for the device in every step.
     gradients = [] if labels_gradient is None else [labels_gradient[first_learned:]]
     lr_gradient = -torch.stack(lr_gradients).sum() if lr_gradients else torch.zeros_like(syn_lr)
@@ -169,6 +164,13 @@ def _gradients(student, theta, images, labels, step, slice_size, keep, team):
     parts = [slice(begin, min(begin + size, last)) for begin in range(first, last, size)]
     slices = (student.gradient(theta, inputs[part], targets[part], len(inputs), keep) for part in parts)
     return (chosen, augmented), slices
+
+
+def _backwards(slices, adjoint, descent, of_parameters):
+    """Yield ⟨g, λ⟩ and the products of g's derivatives with −η λ for each slice, one after the other."""
+    for gradient, vjp in slices:
+        yield gradient @ adjoint, *vjp(adjoint * descent, of_parameters)
+        del gradient, vjp  # the graph of one slice goes before the next one's is made
 
 
 def _pull_back(chosen, augmented, gradients, team):
