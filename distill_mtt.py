@@ -265,8 +265,9 @@ class Run:
                 "command without --start_interval"
             )
         last = args.num_intervals
-        self.initial_images(self.real, max(range(first, last + 1), key=lambda p: self.ipcs[p - 1]))
-        self.initial_images(forgetting.as_many(self.real, args.drop_easy, last, last), last)
+        largest = max(range(first, last + 1), key=lambda p: (self.ipcs[p - 1], p))
+        for stage in {largest, last}:  # the last one has the fewest real images
+            self.initial_images(forgetting.as_many(self.real, args.drop_easy, stage, last), stage)
         options.warn_of_few_images(self.real, ipc=sum(self.ipcs))
         warn_of_seen_images(buffers, options.held_out_fraction(args))
         if batch_statistics and distributed.size() > args.trajectories_per_iteration:

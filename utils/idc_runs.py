@@ -50,8 +50,7 @@ class Run:
                 f"{self.folder}: expected stage {first - 1} finished, found it interrupted; continue it by the same "
                 "command without --start-interval"
             )
-        self.init_subset(first, self.real)
-        last = args.num_intervals
+        last = args.num_intervals  # which has the fewest real images
         self.init_subset(last, forgetting.as_many(self.real, args.drop_easy, last, last))
         options.warn_of_few_images(self.real, ipc=args.ipc * args.num_intervals)
 

@@ -37,7 +37,7 @@ def setup_device(name, precision="fp32"):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); use auto or cpu") from None
     if device.type == "cuda":
-        # The published runs had TF32 convolutions by PyTorch's default. Products stay in float32: crop and ZCA
+        # The published runs had TF32 convolutions by PyTorch's default. Products stay in float32: color and ZCA
         # are products and must be exact, and a ConvNet has only one, its classifier.
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cuda.matmul.allow_tf32 = False
