@@ -38,12 +38,13 @@ def parse(description, *own, pairs=True):
 
     Args:
         description: for --help.
-        own: options of this benchmark alone: (name, type, default, help).
+        own: options of this benchmark alone: (name, type, default, help); those of type bool take no value.
         pairs: add the options of `pair`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, kind, default, text in own:
-        parser.add_argument(name, type=kind, default=default, help=text)
+        how = {"action": "store_true"} if kind is bool else {"type": kind}
+        parser.add_argument(name, default=default, help=text, **how)
     if pairs:
         parser.add_argument("--pairs", type=int, default=5, help="counted pairs of each row")
         parser.add_argument("--threads", type=int, default=2, help="CPU threads")

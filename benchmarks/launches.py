@@ -1,9 +1,11 @@
 """How many operations the published way and this project launch: on a GPU, networks this small wait for launches.
 
     python benchmarks/launches.py --json
+    python benchmarks/launches.py --compile
 
 Counted on PyTorch's device `meta`, which has shapes but no values, so no GPU is needed. Views launch nothing and are
-left out; an operation counts once, however many kernels a GPU makes of it.
+left out; an operation counts once, however many kernels a GPU makes of it. With --compile also the kernels that
+torch.compile makes of a student step with its adjoint for the CPU, by its own counter; that takes a minute or two.
 """
 
 import sys
@@ -13,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from torch._inductor import metrics
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -66,6 +69,16 @@ def student_step(model, size, steps, retained):
     return published / steps, project / steps
 
 
+def compiled_kernels(model, size):
+    """Return how many kernels torch.compile makes for the CPU of a student step of 20 images with its adjoint."""
+    network = networks.get_network(model, 3, 10, size)
+    student = ReparamModule(network, compiled=True, note=sys.exit)
+    start, images = flatten(network.parameters()), torch.zeros(20, 3, size, size)
+    _, vjp = student.gradient(start, images, torch.zeros(20, dtype=torch.int64), 20)
+    vjp(start, True)
+    return metrics.generated_kernel_count
+
+
 def training_step(model, size, images):
     """Return operations of one minibatch of an expert, augmentation left out."""
     x, y = zeros(images, size)
@@ -115,7 +128,7 @@ def sweep(size, classes):
 
 
 def main():
-    options = harness.parse(__doc__, pairs=False)
+    options = harness.parse(__doc__, ("--compile", bool, False, "count torch.compile's kernels, too"), pairs=False)
     model, size, steps, images, few = ("ConvNetW32", 8, 2, 4, 2) if options.smallest else ("ConvNet", 32, 50, 256, 20)
     rows = {
         f"student step with its adjoint, all graphs kept ({model})": student_step(model, size, steps, True),
@@ -130,6 +143,10 @@ def main():
         (row["label"], f"{row['baseline']:.0f}", f"{row['project']:.0f}", f"{row['project'] / row['baseline']:.2f}")
         for row in found
     ]
+    if options.compile:
+        count = compiled_kernels(model, size)
+        found.append({"label": f"student step with its adjoint, kernels of --compile ({model})", "project": count})
+        lines.append((found[-1]["label"], "", f"{count}", ""))
     about = f"device meta; torch {torch.__version__}"
     harness.show("operations launched", about, ("row", "baseline", "project", "ratio"), lines, found, options)
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from networks.convnet import ConvNet
-from networks.kernels import fused
+from networks.kernels import fused, plain
 
 
 def applies(network, images):
@@ -29,9 +29,20 @@ def applies(network, images):
     )
 
 
+def _kernels():
+    """Return the module of the blocks' functions: PyTorch's own kernels, or formulas where a compiler makes kernels."""
+    return plain if torch.compiler.is_compiling() else fused
+
+
 @functools.lru_cache
 def _identity(classes, dtype, device):
     return torch.eye(classes, dtype=dtype, device=device)
+
+
+def _one_hot(labels, classes, dtype):
+    if torch.compiler.is_compiling():  # which warns of caches
+        return (labels[:, None] == torch.arange(classes, device=labels.device)).to(dtype)
+    return _identity(classes, dtype, labels.device)[labels]
 
 
 def gradient(parameters, x, labels, total):
@@ -47,29 +58,29 @@ def gradient(parameters, x, labels, total):
         total: number that the sum is divided by.
 
     Returns:
-        (list of the gradients of the parameters, list of tensors that `vjp` needs).
+        (list of the gradients of the parameters, what `vjp` needs).
     """
+    kernels = _kernels()
     *blocks, weight, bias = parameters
     blocks, saved = _by_block(blocks, x.dtype), []
     for kernel, offset, scale, shift in blocks:
         inputs = _laid_out(x)
         y = _convolve(inputs, kernel, offset, x.shape)
-        z, mean, rstd = fused.forward(y, scale, shift)
-        saved.append([inputs, y, z, mean, rstd])
-        x = fused.pool(z)
+        x, state = kernels.forward(y, scale, shift)
+        saved.append([inputs, y, state])
     features = x.flatten(1).to(weight.dtype)
     shares = torch.addmm(bias, features, weight.T).softmax(1)
-    targets = labels if labels.is_floating_point() else _identity(len(bias), weight.dtype, x.device)[labels]
+    targets = labels if labels.is_floating_point() else _one_hot(labels, len(bias), weight.dtype)
     g_logits = (shares - targets).div_(total)
     gradients = [g_logits.T @ features, g_logits.sum(0)]
     g_x, nothing = (g_logits @ weight).view(x.shape).to(x.dtype), torch.zeros_like(shift)
     for number in reversed(range(len(blocks))):
-        (kernel, _, scale, _), (inputs, y, z, mean, rstd) = blocks[number], saved[number]
-        a, *sums = fused.project(fused.unpool_masked(g_x, z), y, mean, rstd)
+        (kernel, _, scale, shift), (inputs, y, state) = blocks[number], saved[number]
+        a, *sums = kernels.project(kernels.unpool_masked(g_x, y, scale, shift, state), y, state)
         saved[number] += [a, sums[0]]
         g_x, g_kernel = _convolution_backward(_scaled(a, scale), inputs, kernel, of_inputs=number > 0)
         gradients = [g_kernel, nothing, *(planes.sum(0) for planes in sums), *gradients]
-    return gradients, [features, shares, g_logits, *(tensor for block in saved for tensor in block)]
+    return gradients, [features, shares, g_logits, *saved]
 
 
 def vjp(parameters, saved, vectors, total, of_parameters=True, of_labels=False):
@@ -87,39 +98,39 @@ def vjp(parameters, saved, vectors, total, of_parameters=True, of_labels=False):
         (list of the derivatives with respect to the parameters or None, that with respect to the images, and with
         of_labels that with respect to the labels).
     """
+    kernels = _kernels()
     *blocks, weight, _ = parameters
     *v_blocks, v_weight, v_bias = vectors
     features, shares, g_logits, *saved = saved
-    saved = list(zip(*[iter(saved)] * 7, strict=True))
     dtype = saved[0][0].dtype
     blocks, v_blocks = _by_block(blocks, dtype), _by_block(v_blocks, dtype)
 
     # Forward through the backward pass: what λ makes of the gradients of the maps, from the first block to the logits.
     derivatives, along = [], None
-    for (kernel, _, scale, _), (v_kernel, _, v_scale, v_shift), (inputs, y, z, mean, rstd, a, a1) in zip(
+    for (kernel, _, scale, shift), (v_kernel, _, v_scale, v_shift), (inputs, y, state, a, a1) in zip(
         blocks, v_blocks, saved, strict=True
     ):
         d_g_y, along_inputs = _convolve(inputs, v_kernel, None, y.shape), None
         if along is not None:
             along_inputs = _laid_out(along)
             d_g_y += _convolve(along_inputs, kernel, None, y.shape)
-        along, d_y, d_scale = fused.second(d_g_y, v_scale, v_shift, a, a1, y, scale, z, mean, rstd)
+        along, d_y, d_scale = kernels.second(d_g_y, v_scale, v_shift, a, a1, y, scale, shift, state)
         derivatives.append((along_inputs, d_y, d_scale))
 
     # The logits, where the backward pass began.
     shape, along = along.shape, along.flatten(1).to(weight.dtype)
     d_g_logits = torch.addmm(v_bias, along, weight.T).addmm_(features, v_weight.T)
     d_logits = torch.ops.aten._softmax_backward_data(d_g_logits, shares, 1, shares.dtype).div_(total)
-    results = [(g_logits.T @ along).addmm_(d_logits.T, features), d_logits.sum(0)]
 
     # Back through the forward pass.
-    d_x = (g_logits @ v_weight).addmm_(d_logits, weight).view(shape).to(dtype)
-    nothing = torch.zeros_like(v_shift)
+    results = [(g_logits.T @ along).addmm_(d_logits.T, features), d_logits.sum(0)]
+    d_x, nothing = (g_logits @ v_weight).addmm_(d_logits, weight).view(shape).to(dtype), torch.zeros_like(v_shift)
     for number in reversed(range(len(blocks))):
-        (kernel, _, scale, _), v_kernel = blocks[number], v_blocks[number][0]
-        (inputs, y, z, mean, rstd, a, _), (along_inputs, own_y, own_scale) = saved[number], derivatives[number]
-        _, d_y, d_scale, d_shift = fused.backward(d_x, y, scale, z, mean, rstd)
-        d_x, d_kernel = _convolution_backward(d_y.add_(own_y), inputs, kernel, of_kernel=of_parameters)
+        (kernel, _, scale, shift), v_kernel = blocks[number], v_blocks[number][0]
+        (inputs, y, state, a, _), (along_inputs, own_y, own_scale) = saved[number], derivatives[number]
+        projected, d_scale, d_shift = kernels.project(kernels.unpool_masked(d_x, y, scale, shift, state), y, state)
+        d_y = own_y.addcmul_(projected, scale[:, None, None].to(dtype))
+        d_x, d_kernel = _convolution_backward(d_y, inputs, kernel, of_kernel=of_parameters)
         of_kernel = of_parameters and along_inputs is not None
         own_x, own_kernel = _convolution_backward(
             _scaled(a, scale), along_inputs if of_kernel else inputs, v_kernel, of_kernel=of_kernel
@@ -128,7 +139,7 @@ def vjp(parameters, saved, vectors, total, of_parameters=True, of_labels=False):
         if of_kernel:
             d_kernel += own_kernel
         if of_parameters:
-            results = [d_kernel, nothing, d_scale.add_(own_scale), d_shift, *results]
+            results = [d_kernel, nothing, d_scale.add_(own_scale).sum(0), d_shift.sum(0), *results]
     # Of −Σ y log p, whose derivative with respect to the logits is (Σ y) p − y.
     labels = [((shares * d_g_logits).sum(1, keepdim=True) - d_g_logits) / total] if of_labels else []
     return results if of_parameters else None, d_x, *labels
@@ -143,7 +154,8 @@ def compiled(function, note):
     """
     # A union whose minibatches leave remainders has several shapes, and new ones in every stage.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    quick = torch.compile(function, dynamic=False)
+    # Statistics are of planes, so that channels stay where they are.
+    quick = torch.compile(function, dynamic=False, options={"layout_optimization": False})
 
     def call(*arguments):
         nonlocal quick
@@ -177,9 +189,13 @@ RGB_CHANNELS = 3  # channels of an image: for so few, gradients of inputs are qu
 SMALL = 512  # values of an image up to which its convolution is quicker as a product with its columns on a CPU
 
 
+def _runs_on_cpu(x):
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()  # --compile is meant for GPUs
+
+
 def _laid_out(x):
     """Return the input of a convolution: x (B, C, H, W), or its 3x3 neighbourhoods as columns (B, 9 C, H W)."""
-    return F.unfold(x, 3, padding=1) if x.device.type == "cpu" and x[0].numel() <= SMALL else x
+    return F.unfold(x, 3, padding=1) if _runs_on_cpu(x) and x[0].numel() <= SMALL else x
 
 
 def _rows(kernel):
@@ -202,7 +218,7 @@ def _convolution_backward(g, inputs, kernel, of_inputs=True, of_kernel=True):
     Either is None if it is not wanted.
     """
     columns = inputs.dim() == 3
-    fold = of_inputs and (columns or (inputs.device.type == "cpu" and inputs.shape[1] <= RGB_CHANNELS))
+    fold = of_inputs and (columns or (_runs_on_cpu(inputs) and inputs.shape[1] <= RGB_CHANNELS))
     g_inputs = g_kernel = None
     if columns and of_kernel:
         g_kernel = torch.bmm(g.flatten(2), inputs.transpose(1, 2)).sum(0).view(kernel.shape)

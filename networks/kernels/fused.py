@@ -74,8 +74,14 @@ def pool(z):
     return rows @ _column_matrix(width, z.dtype, z.device)
 
 
-def unpool_masked(p, z):
-    """The transpose of `pool` where the activations z (N, C, H, W) are positive, zero elsewhere."""
+def unpool_masked(p, x, weight, bias, state):
+    """Return A (N, C, H, W): the transpose of `pool` where the activations are positive, zero elsewhere.
+
+    Args:
+        p: (N, C, H / 2, W / 2) gradient of the output.
+        Others as for `forward`.
+    """
+    z = state[0]
     if z.device.type != "cpu":
         spread = torch.ops.aten.avg_pool2d_backward(p, z, [2, 2], [2, 2], [0, 0], False, True, None)
         return torch.ops.aten.threshold_backward(spread, z, 0)
@@ -96,18 +102,22 @@ def _planes(scalars):
 
 
 def forward(x, weight, bias):
-    """Return relu(instance_norm(x) * weight + bias), and mean and 1 / √(variance + ε) of each plane (N, C)."""
+    """Return avg_pool2d(relu(instance_norm(x) * weight + bias), 2) and a state that the functions below need.
+
+    The state are the activations before pooling, and mean and 1 / √(variance + ε) of each plane (N, C).
+    """
     count, channels, height, width = x.shape
     z, mean, rstd = torch.ops.aten.native_group_norm(
         x, weight, bias, count, channels, height * width, channels, EPSILON
     )
-    return F.relu_(z), mean, rstd
+    z = F.relu_(z)
+    return pool(z), (z, mean, rstd)
 
 
-def backward(gradient, x, weight, z, mean, rstd):
+def backward(gradient, x, weight, bias, state):
     """Return (A, ∂x, ∂w, ∂b) for the gradient (N, C, H / 2, W / 2) of the output."""
     count, channels, height, width = x.shape
-    a = unpool_masked(gradient, z)
+    a, (_, mean, rstd) = unpool_masked(gradient, x, weight, bias, state), state
     return a, *torch.ops.aten.native_group_norm_backward(
         a, x, mean, rstd, weight, count, channels, height * width, channels, [True, True, True]
     )
@@ -118,8 +128,9 @@ def _ones(count, dtype, device):
     return torch.ones(count, dtype=dtype, device=device)
 
 
-def project(v, x, mean, rstd):
+def project(v, x, state):
     """Return P(V) (N, C, H, W), and n v1 and n v0 (N, C) of each plane."""
+    _, mean, rstd = state
     # Groups of one channel: with one image of N C channels the sums are those of single planes.
     (count, channels), pixels = mean.shape, x[0, 0].numel()
     planes = count * channels
@@ -130,16 +141,16 @@ def project(v, x, mean, rstd):
     return projected.view(x.shape), *(total.view(mean.shape) for total in sums)
 
 
-def second(v, f, g, a, a1, x, weight, z, mean, r):
-    """Return the gradients of (output's gradient, x, w) for the cotangents V, f, g of (∂x, ∂w, ∂b).
+def second(v, f, g, a, a1, x, weight, bias, state):
+    """Return the gradients of (output's gradient, x, w of each plane) for the cotangents V, f, g of (∂x, ∂w, ∂b).
 
     Args:
         a, a1: P(A) and n a1, the first two results of `project`.
         Others as for `forward` and `backward`.
     """
-    count, channels, height, width = x.shape
+    (z, mean, r), (count, channels, height, width) = state, x.shape
     pixels = height * width
-    v, v1, _ = project(v, x, mean, r)
+    v, v1, _ = project(v, x, state)
     gradient, *_ = torch.ops.aten.native_group_norm(x, f, g, count, channels, pixels, channels, EPSILON)
     gradient = pool(torch.ops.aten.threshold_backward(gradient.addcmul_(v, _planes(weight).to(v.dtype)), z, 0))
 
@@ -149,16 +160,16 @@ def second(v, f, g, a, a1, x, weight, z, mean, r):
     factors[2].mul_(r)
     for_v, for_a, for_x = factors.to(x.dtype)
     planes = (v * _planes(for_v)).addcmul_(a, _planes(for_a)).addcmul_(x, _planes(for_x))
-    return gradient, planes.sub_(_planes(for_x * mean).to(x.dtype)), q.sum(0)
+    return gradient, planes.sub_(_planes(for_x * mean).to(x.dtype)), q
 
 
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         x = x.contiguous()
-        z, mean, rstd = forward(x, weight, bias)
-        ctx.save_for_backward(x, weight, z, mean, rstd)
-        return pool(z)
+        pooled, state = forward(x, weight, bias)
+        ctx.save_for_backward(x, weight, bias, *state)
+        return pooled
 
     @staticmethod
     def backward(ctx, gradient):
@@ -167,14 +178,15 @@ class _Block(torch.autograd.Function):
 
 class _BlockBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gradient, x, weight, z, mean, rstd):
-        a, *gradients = backward(gradient, x, weight, z, mean, rstd)
-        ctx.save_for_backward(a, x, weight, z, mean, rstd)
+    def forward(ctx, gradient, x, weight, bias, *state):
+        a, *gradients = backward(gradient, x, weight, bias, state)
+        ctx.save_for_backward(a, x, weight, bias, *state)
         return tuple(gradients)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, v, f, g):
-        a, x, weight, z, mean, rstd = ctx.saved_tensors
-        a, a1, _ = project(a, x, mean, rstd)
-        return *second(v.contiguous(), f, g, a, a1, x, weight, z, mean, rstd), None, None, None
+        a, x, weight, bias, *state = ctx.saved_tensors
+        a, a1, _ = project(a, x, state)
+        gradient, of_x, of_scale = second(v.contiguous(), f, g, a, a1, x, weight, bias, state)
+        return gradient, of_x, of_scale.sum(0), None, None, None, None

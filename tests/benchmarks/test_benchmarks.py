@@ -117,6 +117,13 @@ def test_every_benchmark_prints_its_tables(name):
             assert row.get("label", "") in lines[title + 2 + table["rows"].index(row)]
 
 
+@pytest.mark.slow
+def test_a_compiled_student_step_needs_few_kernels():
+    done = run_script("benchmarks/launches.py", "--compile", "--json")
+    *_, row = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert 0 < row["project"] <= 80, row
+
+
 def test_measured_times_stand_in_the_list_of_rows(tmp_path, monkeypatch):
     options = argparse.Namespace(scale="full", data_path=None, buffer_path=None, root_log_dir=None, preset=None)
     rows = {row: reproduce.steps_of(row, options, {}) for row in ("cifar10-mtt-ipc10", "cifar10-mtt-ipc50")}

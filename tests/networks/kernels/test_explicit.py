@@ -17,7 +17,9 @@ def relative(found, expected):
 
 # Depth, width, pixels and channels: convolutions as they are, as columns, and a mixture of both.
 @pytest.mark.parametrize("depth,width,size,channel", [(1, 3, 4, 1), (2, 4, 8, 1), (3, 8, 32, 3), (3, 6, 16, 4)])
-def test_gradient_and_products_equal_autograd(depth, width, size, channel):
+@pytest.mark.parametrize("compiling", [False, True])
+def test_gradient_and_products_equal_autograd(depth, width, size, channel, compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)  # what a compiler is given, run as it is
     torch.manual_seed(0)
     network = ConvNet(channel, 5, size, width=width, depth=depth).double()
     with torch.no_grad():
