@@ -9,5 +9,5 @@ out=${1:-quickstart_idc}
 export OMP_NUM_THREADS=1  # images of 8x8 pixels keep no second core busy
 common=(-d digits --ipc 1 --num-intervals 3 --results "$out")
 
-python distill_idc.py "${common[@]}" --epochs 150
-python evaluate_idc.py "${common[@]}" --epochs 150 --repeat 5 --full_epochs 30
+python distill_idc.py "${common[@]}" --epochs 100 --niter 1
+python evaluate_idc.py "${common[@]}" --epochs 100 --niter 1 --repeat 3 --full_epochs 20
