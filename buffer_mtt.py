@@ -84,7 +84,7 @@ def main():
     if args.use_random_pruning:
         folder = folder.with_name(f"{folder.name}_random_pruning_{args.sparse_ratio}")
     real = mtt.load_data(args, device).held_out(args.val_fraction)
-    options.check_network(args.model, real)
+    options.check_network(args.model, real, smallest=options.smallest_batch([real.train], args.batch_train))
     size = sizes.experts(vars(args), real.info, len(real.train))
     if args.dry_run:
         print0(options.dry_run(args, {"data": args.data_path}, folder, size))

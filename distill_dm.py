@@ -76,6 +76,7 @@ def learn_subset(stage, run):
     state = {"images": synthetic.learned, "adam": optimizer, "loss": loss, "done": done, "log": log}
     state |= {"student": student} if student else {}
     with run.checkpoint(stage, state) as checkpoint:
+        log.begin()
         if not checkpoint.iteration:
             run.save_grid(stage, "init", synthetic)
         progress = Progress(args.Iteration, f"stage {stage}/{args.num_intervals}, iteration", checkpoint.iteration)

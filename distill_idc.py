@@ -90,6 +90,7 @@ def learn_subset(stage, run):
     state = {"images": synthetic.learned, "momentum": matcher.momentum_buffer, "student": student, "loss": loss,
              "done": done, "log": log}  # fmt: skip
     with run.checkpoint(stage, state) as checkpoint:
+        log.begin()
         if not checkpoint.iteration:
             run.save_grid(stage, "init", synthetic)
         sweeps = run.outer_iterations * args.inner_loop

@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD
 
 import networks
+from networks.kernels import explicit
 from networks.layers import has_batch_statistics
 from networks.reparam import ReparamModule, set_flat
 from utils import forgetting, options, sizes, stages, training
@@ -37,7 +38,7 @@ from utils.run.errors import UserError
 from utils.run.log import Log, Progress, log0, print0
 from utils.run.main import run_script
 from utils.run.streams import stream
-from utils.synthetic import empty_set, init_subset, load_mtt, save_mtt
+from utils.synthetic import PARTS, empty_set, init_subset, load_mtt, save_mtt
 from utils.trajectories import Experts, find_buffers, recorded_fingerprint, warn_of_seen_images
 from utils.trajectory_matching import TrajectoryMatcher, check_finite
 
@@ -79,7 +80,7 @@ def main():
         return
     to_make = [run.folder(stage) for stage in range(args.start_interval, args.num_intervals + 1)]
     there = sum(path.stat().st_size for folder in to_make for path in folder.glob("replay_buffer_*.pt"))
-    files.need_disk(run.experiment, size.disk - there, "the buffers of the transitions")
+    files.need_disk(run.experiment, size.disk - there, "the trajectories of the transitions and the images")
     with files.locked(run.experiment):
         distributed.on_rank0(run.check_config)
         for stage in range(args.start_interval, args.num_intervals + 1):
@@ -115,7 +116,8 @@ def learn_subset(stage, run):
     synthetic = run.union(stage - 1).extended(*run.new_subset(stage, experts))
     config = mtt.match_config(args, run.real, run.dsa, stage)
     matcher = TrajectoryMatcher(run.student, experts, synthetic, config, args.seed, stage)
-    lr_lr = 1e-5 if args.dataset == "CIFAR10" and set(run.ipcs) == {1} and stage > 1 else args.lr_lr
+    published = args.dataset == "CIFAR10" and set(run.ipcs) == {1} and args.syn_lr_form == "plain"
+    lr_lr = 1e-5 if published and stage > 1 else args.lr_lr
     # `learned` is a view of the union's images: a step of its optimiser moves them.
     optimizers = {
         "images_sgd": SGD([synthetic.learned], args.lr_img, SYN_MOMENTUM),
@@ -131,6 +133,8 @@ def learn_subset(stage, run):
     state |= {"labels": synthetic.learned_soft} if args.soft_labels else {}
     path = run.folder(stage) / "checkpoint.pt"
     with Checkpoint(path, args.checkpoint_minutes, options.config_of(args), **state) as checkpoint:
+        log.begin()
+        run.keep_best(stage, best["iteration"])
         progress = Progress(args.Iteration, f"stage {stage}/{args.num_intervals}, iteration", checkpoint.iteration)
         for it in checkpoint.iterations(args.Iteration + 1):
             if it % args.eval_it == 0 or it == args.Iteration:
@@ -266,9 +270,12 @@ class Run:
             )
         last = args.num_intervals
         largest = max(range(first, last + 1), key=lambda p: (self.ipcs[p - 1], p))
-        for stage in {largest, last}:  # the last one has the fewest real images
+        for stage in range(first, last + 1) if args.drop_easy else [largest]:
             self.initial_images(forgetting.as_many(self.real, args.drop_easy, stage, last), stage)
         options.warn_of_few_images(self.real, ipc=sum(self.ipcs))
+        forgetting.note_one_stage(args.drop_easy, last)
+        if args.compile and not explicit.applies(self.student.network, self.real.train.batch(slice(1))[0]):
+            log0(f"note: --compile changes nothing for {args.model} and these images; it is made for plain ConvNets")
         warn_of_seen_images(buffers, options.held_out_fraction(args))
         if batch_statistics and distributed.size() > args.trajectories_per_iteration:
             log0(f"note: {args.model} has batch statistics: its minibatches are not split over the ranks")
@@ -353,6 +360,14 @@ class Run:
         if self.args.zca and tag != "best":
             files.save(folder / f"images_zca_{tag}.pt", pixels.cpu())
         report.save_grid(folder / f"images_{tag}.png", pixels, synthetic.labels)
+
+    def keep_best(self, stage, iteration):
+        """Make the best union that of `iteration`, if a run that was killed went on and found another."""
+        if iteration is not None and distributed.is_rank0():
+            for name in ("images_{}.png", *(f"{part}_{{}}.pt" for part in PARTS)):
+                if (path := self.folder(stage) / name.format(iteration)).exists():
+                    with files.atomic(path.with_name(name.format("best"))) as file:
+                        file.write(path.read_bytes())
 
     def save_summary(self, stage, summary):
         """Write what is known of a stage, whose files are all there for every rank."""

@@ -73,7 +73,9 @@ def main():
     read = read_other if args.slct_type in LOADERS else read_idc
     inputs, unions, datasets, select_on = read(args, real, device)
     folder = report_folder(args)
-    models = [eval_model(name, args, real, unions) for name in args.eval_models]
+    trained_on = [*datasets] if args.skip_full else [*datasets, real.train]
+    smallest = options.smallest_batch(trained_on, args.batch_size)
+    models = [eval_model(name, args, real, unions, smallest) for name in args.eval_models]
     if args.dry_run:
         size = sizes.idc_evaluation(vars(args), real.info, len(real.train))
         inputs = {"data": idc.data_folder(args)} | inputs
@@ -121,9 +123,10 @@ def read_idc(args, real, device):
     folder = result_folder(args)
     names.check_stages(folder, names.idc_stages(folder), args.num_intervals)
     check_result(folder, real.info)
-    known.refuse_other_making(folder, factor=args.factor, decode_type=args.decode_type)
+    known.refuse_other_making(folder, method=args.method, factor=args.factor, decode_type=args.decode_type)
     learned = range(args.num_intervals if args.last_only else 1, args.num_intervals + 1)
-    unions = [load_idc(folder, stage, real.info, device=device) for stage in learned]
+    ipc = args.ipc if args.ipc > 0 else None
+    unions = [load_idc(folder, stage, real.info, ipc, device) for stage in learned]
     if args.ipc < 1:  # not needed to find the folder
         args.ipc = len(unions[0]) // real.info.num_classes // learned[0]
     if args.new_only:
@@ -149,13 +152,13 @@ def decoded(union, args, real):
     return real.pixel_dataset(*multi_formation.decode_union(images, args.factor, kind))
 
 
-def eval_model(name, args, real, unions):
+def eval_model(name, args, real, unions, smallest=None):
     """Return the `EvalModel` of one architecture."""
     if name == "self":
         title, spec = METHODS[args.method].network_title(args), METHODS[args.method].network_spec(args)
     else:
         title = spec = name
-    options.check_network(spec, real, title)
+    options.check_network(spec, real, title, smallest)
     # Random real images are not packed: as many epochs are as much work.
     packed = args.same_compute and args.slct_type != "random"
     epochs = max(1, args.epochs // args.factor**2) if packed else args.epochs

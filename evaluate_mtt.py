@@ -19,6 +19,7 @@ import utils.run.quiet_imports  # noqa: F401 - before anything slow
 # isort: split
 import dataclasses
 import functools
+import itertools
 
 import networks
 from networks.reparam import set_flat
@@ -80,12 +81,15 @@ def main():
     folders = names.find_mtt_stages(experiment, args.num_intervals, given)
     real = mtt.load_data(args, device)
     check_result(experiment, real.info)
-    known.refuse_other_making(experiment, zca=args.zca)
-    pool = pool_of(args)
-    for model in pool:
-        options.check_network(model, real)
+    known.refuse_other_making(experiment, zca=args.zca, model=args.model)
     canvas = args.canvas_size if args.texture else 1
     unions = [load_mtt(folder, "best", device, real.info, canvas) for folder in folders]
+    totals = [len(union) // real.info.num_classes for union in unions]
+    if not given:
+        check_ipc(args, experiment, totals)
+    pool, trained_on = pool_of(args), unions if args.skip_full else [*unions, real.train]
+    for model in pool:
+        options.check_network(model, real, smallest=options.smallest_batch(trained_on, args.batch_train))
     summaries = [names.read_mtt_stage(folder) for folder in folders]
     if args.dry_run:
         inputs = {"data": args.data_path} | {f"stage {stage}": folder for stage, folder in enumerate(folders, 1)}
@@ -93,7 +97,7 @@ def main():
         print0(options.dry_run(args, inputs, experiment / "report.json", size))
         return
     with files.locked(experiment):
-        starts, totals = find_starts(args, real), [len(union) // real.info.num_classes for union in unions]
+        starts = find_starts(args, real)
         evaluation = Evaluation(
             real=real,
             unions=[union.dataset() for union in unions],
@@ -115,6 +119,18 @@ def main():
         select_on = names.selected_on(summaries)
         models = [eval_model(name, args, real, unions, starts, experiment) for name in pool]
         evaluate_and_report(evaluation, models, args.model, dataset=dataset, select_on=select_on, keeps="best")
+
+
+def check_ipc(args, experiment, totals):
+    """Refuse an --ipc that is not that of a result whose unions hold `totals` images per class.
+
+    Raises:
+        UserError: it is not.
+    """
+    if [*itertools.accumulate(names.stage_ipcs(args.ipc, len(totals))[: len(totals)])] != totals:
+        ipcs = [total - before for before, total in zip([0, *totals], totals, strict=False)]
+        made = ipcs[0] if len(set(ipcs)) == 1 else ",".join(map(str, ipcs))
+        raise UserError(f"{experiment}: its stages learned {made} images per class; give --ipc {made}")
 
 
 def pool_of(args):

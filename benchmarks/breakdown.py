@@ -36,6 +36,7 @@ from utils.gradient_matching import GradientMatcher
 from utils.options import idc
 from utils.run import files
 from utils.run.device import setup_device
+from utils.run.errors import UserError
 from utils.stages import evaluation_config
 from utils.synthetic import SyntheticSet
 from utils.trajectory_matching import Step, match
@@ -92,13 +93,13 @@ class Units:
         return self.known[key]
 
 
-def matching_iteration(units, args):
-    """Return the seconds of one iteration of distill_mtt.py."""
+def matching_iteration(units, args, count):
+    """Return the seconds of one iteration of distill_mtt.py with `count` images in a minibatch."""
     student = ReparamModule(units.network(args.model), precision=args.precision)
-    union, dsa, rng = units.images(args.ipc * units.info.num_classes), DSA(args.dsa_strategy), np.random.default_rng(0)
+    union, dsa, rng = units.images(count), DSA(args.dsa_strategy), np.random.default_rng(0)
     images, labels = union.batch(slice(None))
     start, lr = flatten(student.network.parameters()), torch.tensor(args.lr_teacher, device=units.device)
-    index = torch.arange(min(args.batch_syn or len(labels), len(labels)), device=units.device)
+    index = torch.arange(count, device=units.device)
     kept = 0 if args.kept_steps == 0 else STUDENT_STEPS
 
     def step():
@@ -127,10 +128,12 @@ def mtt_parts(steps, info, train_images, device, repeats):
 
     real_epoch = units.epoch(model, real_config, train_images)
     pool, evaluations = networks.eval_pool(args.eval_mode, model), args.Iteration // args.eval_it + 1
+    batches = [min(args.batch_syn or unions[0], count) for count in unions]
+    iterations = {count: matching_iteration(units, args, count) for count in set(batches)}
     trajectory = args.start_sampling_epoch + args.max_start_epoch + args.expert_epochs + 1
     found = {
         ("buffer_mtt.py", "experts"): experts.num_experts * experts.train_epochs * real_epoch,
-        ("distill_mtt.py", "matching"): stages * args.Iteration * matching_iteration(units, args),
+        ("distill_mtt.py", "matching"): args.Iteration * sum(iterations[count] for count in batches),
         ("distill_mtt.py", "in-stage evaluation"): sum(
             evaluations * args.num_eval * evaluated(name, args.override_epoch_eval_train) for name in pool
         ),
@@ -138,11 +141,13 @@ def mtt_parts(steps, info, train_images, device, repeats):
             on_unions(model, args.override_epoch_eval_train, unions[:-1]) + (stages - 1) * trajectory * real_epoch
         ),
     }  # fmt: skip
-    final = 0.0
+    final, epochs = 0.0, evaluation.epoch_eval_train
     for name in pool_of(evaluation):
-        count = evaluation.num_experts if name == evaluation.model else evaluation.num_eval
-        count += 0 if evaluation.skip_random else evaluation.num_eval
-        final += count * evaluated(name, evaluation.epoch_eval_train)
+        own = name == evaluation.model
+        trained = (1 + (own and not evaluation.skip_fresh) + (not evaluation.skip_random)) * evaluated(name, epochs)
+        if own and stages > 1 and not evaluation.skip_fresh:  # on the last union at once
+            trained += on_unions(name, stages * epochs, unions[-1:]) + units.test(name)
+        final += (evaluation.num_experts if own else evaluation.num_eval) * trained
         if not evaluation.skip_full:
             epochs = evaluation.full_networks * evaluation.full_epochs
             final += epochs * units.epoch(name, real_config, train_images)
@@ -229,7 +234,10 @@ def main():
     device = setup_device(options.device, options.precision)
     torch.set_num_threads(options.threads)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {options.threads} threads"
-    for row in options.rows.split(","):
+    rows = options.rows.split(",")
+    if unknown := [row for row in rows if row not in reproduce.ROWS or "-dm-" in row]:
+        raise UserError(f"--rows {unknown[0]}: expected rows of PDD+MTT or PDD+IDC; scripts/reproduce.py --list")
+    for row in rows:
         parts = measure(row, scale, device, options.precision, repeats)
         total = sum(parts.values())
         rows = [

@@ -5,7 +5,7 @@
     python scripts/reproduce.py cifar10-mtt-ipc10-oneshot           # its base method: the same images in one stage
     python scripts/reproduce.py cifar10-mtt-ipc10 --scale small     # a reduced version for a CPU
     python scripts/reproduce.py cifar10-mtt-ipc10 --preset datm     # with soft labels and windows that widen
-    python scripts/reproduce.py cifar10-mtt-ipc10 -- --seed 1 --tag seed1
+    python scripts/reproduce.py cifar10-mtt-ipc10 --buffer_path buffers/seed1 -- --seed 1 --tag seed1
 
 Each step's command is printed before it runs. Options after -- go to every script of the row that knows them. The same
 command again continues an interrupted row; steps that are done say so. Random real images and the full training set
@@ -167,7 +167,7 @@ def main():
     if args.dry_run and not args.list:
         print(*map(command, rows[args.row]), sep="\n")
     if args.list or args.dry_run:
-        print(table(rows, args.scale))
+        print(table(rows, args.scale, timed=not (extra or args.preset)))
         return
     for step in rows[args.row]:
         print(f"$ {command(step)}", flush=True)
@@ -286,9 +286,9 @@ def measured_speed():
     return files.read_json(SPEED, "what benchmarks/breakdown.py measured") if SPEED.exists() else {}
 
 
-def table(rows, scale):
-    """Return the text table of {row: list of `Step`s}, with the times that were measured on this machine."""
-    lines, speed, machines = [], measured_speed(), set()
+def table(rows, scale, timed=True):
+    """Return the text table of {row: list of `Step`s}; if `timed`, with the times measured on this machine."""
+    lines, speed, machines = [], measured_speed() if timed else {}, set()
     for row, steps in rows.items():
         times = speed.get(f"{row} {scale}", {"seconds": {}})
         machines.update({times["on"]} if "on" in times else ())

@@ -98,7 +98,7 @@ class DCAugment:
 
     def apply(self, x, u):
         """Augment images (B, C, H, W) in network space."""
-        u = u.to(device=x.device, dtype=x.dtype, non_blocking=True)
+        u = u.to(x.dtype)  # on the CPU, as for DSA
         mean = x.mean((0, 2, 3), keepdim=True)  # fills what comes in
         shift = (u[:, 1:] * 2 * self.CROP).floor() - self.CROP
         cropped = _shifted(x - mean, shift) + mean
@@ -106,7 +106,7 @@ class DCAugment:
         scaled = _sample(x, torch.diag_embed(1 / sizes.flip(1)), False, mode="nearest")
         angle = torch.deg2rad((u[:, 1] * 2 * self.ROTATE).floor() - self.ROTATE)
         rotated = _sample(x - mean.mean(), _rotations(angle), False) + mean.mean()
-        which = (u[:, 0] * 3).floor().view(-1, 1, 1, 1)
+        which = _like(x, (u[:, 0] * 3).floor()).view(-1, 1, 1, 1)
         return torch.where(which == 0, cropped, torch.where(which == 1, scaled, rotated))
 
 

@@ -120,6 +120,12 @@ def dropped_fraction(fraction, stage, stages):
     return fraction * (stage - 1) / (stages - 1) if stages > 1 else 0.0
 
 
+def note_one_stage(fraction, stages):
+    """Print that nothing is left out, if there is one of `stages` only."""
+    if fraction and stages == 1:
+        log0("note: --drop_easy changes nothing with one stage: the first one learns from all images")
+
+
 def as_many(real, drop_easy, stage, stages):
     """Return `RealData` of as many images as `stage` (of `stages`) has; which ones does not matter."""
     return without_easy(real, torch.zeros(len(real.train)), dropped_fraction(drop_easy, stage, stages))

@@ -51,6 +51,7 @@ class Run:
                 "command without --start-interval"
             )
         last = args.num_intervals  # which has the fewest real images
+        forgetting.note_one_stage(args.drop_easy, last)
         self.init_subset(last, forgetting.as_many(self.real, args.drop_easy, last, last))
         options.warn_of_few_images(self.real, ipc=args.ipc * args.num_intervals)
 

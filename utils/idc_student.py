@@ -83,7 +83,9 @@ class Student:
         if config.pool:
             numbers = range(min(config.pool, self.last))
         else:
-            numbers = range(number, self.last, max(1, config.fix_iter))[: config.batch * distributed.size()]
+            step, together = max(1, config.fix_iter), config.batch * distributed.size()
+            first = number // (step * together) * (step * together)  # as before an interruption
+            numbers = range(first, self.last, step)[:together]
         groups = [tuple(numbers[at : at + config.batch]) for at in range(0, len(numbers), config.batch)]
         found = finish_each(self.folder, "starts", self.key, groups, self._train_group)
         return {number: state for states in found for number, state in states}

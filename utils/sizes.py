@@ -6,6 +6,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,7 @@ from .run.errors import UserError
 TEST_IMAGES = 10_000  # of every data set of the paper
 TEST_BATCH = 1024  # of training.accuracy
 REPORT_BYTES = 10**6
+BESTS = 10  # evaluations of a stage, about, that are better than all before; each saves the images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ def experts(config, info, train_images):
 
 
 def mtt_distillation(config, info, train_images, num_experts):
-    """Return the `Size` of distill_mtt.py. What it writes are the trajectories of its transitions.
+    """Return the `Size` of distill_mtt.py. What it writes are trajectories of its transitions, and images.
 
     Args:
         num_experts: experts in the buffers.
@@ -57,23 +59,33 @@ def mtt_distillation(config, info, train_images, num_experts):
     network, stages = _network(config, info, config["model"]), config["num_intervals"]
     later = range(config["start_interval"] + 1, stages + 1)
     entries = sum(mtt_start_epochs(config, stage).stop + config["expert_epochs"] + 2 for stage in later)
+    ipcs = stage_ipcs(config["ipc"], stages)
+    unions = [
+        _images(info, info.num_classes * total).nbytes * (config["canvas_size"] ** 2 if config["texture"] else 1)
+        for total in itertools.accumulate(ipcs)
+    ]
+    saves = config["Iteration"] // config["eval_it"] + 1
+    if not config["force_save"]:
+        saves = min(saves, BESTS + config["Iteration"] // 1000)
+    images = sum(unions[config["start_interval"] - 1 :]) * (1 + saves * (2 if config["zca"] else 1))
 
     def memory():
-        ipcs = stage_ipcs(config["ipc"], stages)
         subset, union = info.num_classes * max(ipcs), info.num_classes * sum(ipcs)
         with torch.device("meta"):
             step = matching.Step(torch.arange(min(config["batch_syn"] or subset, union)), lambda images: images)
             student = ReparamModule(network)
             start, labels = torch.zeros(student.numel), torch.zeros(union, dtype=torch.int64)
             graph = matching.graph_bytes(student, start, _images(info, union), labels, step)
-        base = _data_bytes(config, info, train_images) + _bytes(network) * config["syn_steps"]
+        learned = unions[-1] * max(ipcs) // sum(ipcs)
+        synthetic = unions[-1] + learned * (3 if config["ema"] else 2)  # gradient, momentum, running mean
+        base = _data_bytes(config, info, train_images) + _bytes(network) * config["syn_steps"] + synthetic
         between = _training_bytes(config, info, config["batch_train"], config["model"])  # evaluation and transition
         # The backward pass through a graph needs about as much again.
         return tuple(base + max(graphs * graph, between) for graphs in (2, config["syn_steps"] + 1))
 
     return Size(
         f"{stages} stages of {config['Iteration']} iterations of {config['syn_steps']} student steps",
-        _bytes(network) * entries * num_experts,
+        _bytes(network) * entries * num_experts + images,
         memory,
     )
 

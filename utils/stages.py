@@ -12,6 +12,7 @@ from networks.reparam import set_flat
 from . import training
 from .run import distributed
 from .run.checkpoint import finish_each
+from .run.errors import UserError
 from .run.log import Progress
 from .run.streams import stream
 from .trajectories import BufferWriter, record_trajectory
@@ -86,6 +87,11 @@ def transition(make_network, experts, union, config, real, real_config, folder, 
         network = make_network(experts.parameters(k, 0))
         training.train(network, union, config, seed, ("transition", stage, k))
         trajectory = record_trajectory(network, real, real_config, seed, ("trajectory", stage, k))
+        if not all(bool(tensor.isfinite().all()) for tensor in trajectory[-1]):
+            raise UserError(
+                f"stage {stage}, transition, expert {k + 1}: its parameters became NaN or infinite; distil with "
+                "--syn_lr_form exp or a lower --lr_lr, so that syn_lr stays small, into another folder or --tag"
+            )
         writer.add(k, trajectory, alone=distributed.size() == 1)
         progress.update()
     progress.close()

@@ -147,7 +147,8 @@ def init_subset(real, ipc, init, rng, canvas=1, factor=1, pixels=False):
         return (noise / 4 + 0.5).clamp(0, 1).to(device) if pixels else noise.to(device), labels
     tiles = factor if init == "mix" else canvas
     most = real.smallest_class // tiles**2
-    advice = f"lower --ipc to {most} at most, or begin with noise (PDD+MTT: --pix_init noise, PDD+IDC: --init noise)"
+    fewer = f"lower --ipc to {most} at most" if most else "lower --factor (PDD+MTT: --canvas_size)"
+    advice = f"{fewer}, or begin with noise (PDD+MTT: --pix_init noise, PDD+IDC: --init noise)"
     index = np.stack([real.random_indices(c, ipc * tiles**2, rng, advice) for c in range(info.num_classes)])
     if init == "mix":  # position after position of the grid
         index = index.reshape(info.num_classes, tiles**2, ipc).transpose(0, 2, 1)
@@ -258,10 +259,11 @@ def check_shape(path, images, info, canvas=1):
         UserError: they are.
     """
     expected, found = [info.channel, info.im_size * canvas, info.im_size * canvas], list(images.shape[1:])
+    textured = ", or --texture and --canvas_size" if found[1] % info.im_size == 0 else ""
     if found != expected:
         raise UserError(
             f"{path}: expected images {'x'.join(map(str, expected))} for {info.name}, found "
-            f"{'x'.join(map(str, found))}; name the right --dataset and size"
+            f"{'x'.join(map(str, found))}; name the right --dataset and size{textured}"
         )
 
 

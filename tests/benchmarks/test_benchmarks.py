@@ -117,6 +117,13 @@ def test_every_benchmark_prints_its_tables(name):
             assert row.get("label", "") in lines[title + 2 + table["rows"].index(row)]
 
 
+@pytest.mark.parametrize("row", ["cifar10-dm-ipc10", "nothing"])
+def test_rows_that_are_not_broken_down_are_refused(row):
+    done = run_script("benchmarks/breakdown.py", "--smallest", "--rows", row, check=False)
+    assert done.returncode == 2 and f"--rows {row}: expected rows of PDD+MTT or PDD+IDC" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_a_compiled_student_step_needs_few_kernels():
     done = run_script("benchmarks/launches.py", "--compile", "--json")
@@ -133,6 +140,7 @@ def test_measured_times_stand_in_the_list_of_rows(tmp_path, monkeypatch):
     known = {"cifar10-mtt-ipc10 full": {"on": "an abacus", "seconds": times}}
     (tmp_path / "speed.json").write_text(json.dumps(known))
     head, _, *lines = reproduce.table(rows, "full").splitlines()
+    assert "time" not in reproduce.table(rows, "full", timed=False).splitlines()[0]
     assert head.endswith("time") and [line.rstrip().endswith(" h") for line in lines[:6]] == [True] * 3 + [False] * 3
     assert [line.split()[-2] for line in lines[:3]] == ["2", "1.5", "0.01"] and "an abacus" in lines[-1]
     assert "time" not in reproduce.table(rows, "small").splitlines()[0]

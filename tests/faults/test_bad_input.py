@@ -54,6 +54,8 @@ CASES = [
     (D, [*STAGES, "--max_start_epoch", "20"], "expected trajectories of 22 entries at least .* found 5"),
     (D, [*STAGES, "--lr_imgs", "1"], r"unrecognized arguments: --lr_imgs 1 \(did you mean --lr_img\?\); see"),
     (D, [*STAGES, "--nonsense", "1"], "unrecognized arguments: --nonsense 1; see"),
+    (D, [*STAGES, "--size", "32"], r"unrecognized arguments: --size 32 \(did you mean --res\?\)"),
+    (D, [*STAGES, "--num_interv", "3"], r"\(did you mean --num_intervals\?\)"),  # no option is guessed
     (D, [*STAGES, "--model", "ConvNetW64"], "expected replay_buffer_0.pt"),
     (D, [*STAGES, "--Iteration", "7", "--lr_img", "100", "--num_eval", "3"], "Iteration 5 there, 7 now; num_eval 2 th"),
     (D, [*STAGES, "--soft_labels", "--texture"], "--soft_labels together with --texture"),
@@ -82,6 +84,8 @@ CASES = [
         "--slice_size with ConvNetBN: expected a network without",
     ),
     (E, [*STAGES, "--zca", "--override_load_path", EXPERIMENT], "made without --zca; leave --zca out"),
+    (E, [*STAGES, "--override_load_path", EXPERIMENT, "--ipc", "2"], "its stages learned 1 images .* give --ipc 1"),
+    (E, [*STAGES, "--model", "ConvNet", "--override_load_path", EXPERIMENT], "made with --model ConvNetW32, found"),
     (E, [*STAGES, "--override_load_path", "no/such/folder/"], "expected the folder of a distillation"),
     (E, [*STAGES, "--override_load_path", "nothing"], "expected the folder of a distillation"),
     (E, [*STAGES, "--dataset", "CIFAR10", "--data_path", "/nowhere"], "expected the folder of a distillation"),

@@ -107,6 +107,12 @@ def test_the_networks_are_those_of_the_window(buffers, monkeypatch, tmp_path, ca
         assert 4 * stage / 3 <= min(positions) < max(positions) < 4 * (stage + 1) / 3
 
 
+def test_a_result_is_evaluated_as_what_it_is(results, capsys, monkeypatch):
+    words = ["-d", "digits", "--ipc", 2, "-f", 2, "--override-load-dir", results, "--num-intervals", 1]
+    status, message = call(E, *words, capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 2 and "made with --method dm, found --method idc; give --method dm" in message
+
+
 def test_what_is_refused(run, tmp_path):
     status, message = run(D, "--buffer_path", tmp_path, "--results", tmp_path)
     assert status == 2 and "expected replay_buffer_0.pt and so on, found none" in message

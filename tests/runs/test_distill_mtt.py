@@ -2,6 +2,7 @@ import argparse
 import json
 import re
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -70,6 +71,8 @@ def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(
     ]
     numbers = sum(p.numel() for p in distill_mtt.networks.get_network("ConvNetW32", 1, 10, 8).parameters())
     disk = 4 * numbers * sum(count + 4 for count in epochs) * 3  # float32, of three experts
+    totals = [3, 4, 5] if "3,1,1" in words else [1, 2, 3]
+    disk += 4 * 10 * 8 * 8 * sum(totals) * 4  # images: the best ones, and those of three evaluations
     assert f"disk    {human_bytes(disk)}" in lines
     assert not (tmp_path / "logged").exists()
 
@@ -447,6 +450,28 @@ def test_one_hot_labels_that_are_not_learned_give_the_hard_run(distil, distilled
 # --drop_easy ----------------------------------------------------------------------------------------------------------
 
 
+def test_the_best_union_is_the_one_that_the_checkpoint_says(distilled, tmp_path):
+    """A killed run may have found another best after its last save, which a GPU need not find again."""
+    folder = shutil.copytree(distilled, tmp_path / "copy")
+    stage = folder / "interval1_epoch1-2"
+    run = types.SimpleNamespace(folder=lambda _: stage)
+    for part in ("images", "labels", "syn_lr"):
+        shutil.copy(stage / f"{part}_0.pt", stage / f"{part}_7.pt")
+        torch.save(torch.zeros(1), stage / f"{part}_best.pt")
+    distill_mtt.Run.keep_best(run, 1, None)
+    assert torch.load(stage / "images_best.pt").numel() == 1
+    distill_mtt.Run.keep_best(run, 1, 7)
+    for part in ("images", "labels", "syn_lr"):
+        assert (stage / f"{part}_best.pt").read_bytes() == (stage / f"{part}_0.pt").read_bytes()
+
+
+def test_compiling_what_is_not_compiled_is_told(buffers, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(distill_mtt.explicit, "applies", lambda *_: False)
+    words = [*STAGES, *SHORT, "--buffer_path", buffers, "--root_log_dir", tmp_path, "--compile", "--dry_run"]
+    _, said = call("distill_mtt.py", *words, capsys=capsys, monkeypatch=monkeypatch)
+    assert "note: --compile changes nothing" in said
+
+
 def test_nothing_is_dropped_unless_it_is_asked_for(distil, distilled):
     folder = distil("--drop_easy", 0.0)
     found, expected = files_of(folder), files_of(distilled)
@@ -494,9 +519,9 @@ def test_zca_also_saves_pixels(whitened, cifar_tree):
     assert all((np.abs(real.astype(float) - image).max(axis=(1, 2, 3)) < 1.5).any() for image in start)
 
 
-@pytest.mark.parametrize("stage,expected", [(1, 0.5), (2, 1e-5)])
-def test_syn_lr_moves_slowly_from_the_second_stage_of_cifar10_at_one_image(monkeypatch, stage, expected):
-    words = ["--ipc", "1", "--num_intervals", "2", "--lr_lr", "0.5", "--lr_img", "7"]
+@pytest.mark.parametrize("stage,form,expected", [(1, "plain", 0.5), (2, "plain", 1e-5), (2, "exp", 0.5)])
+def test_syn_lr_moves_slowly_from_the_second_stage_of_cifar10_at_one_image(monkeypatch, stage, form, expected):
+    words = ["--ipc", "1", "--num_intervals", "2", "--lr_lr", "0.5", "--lr_img", "7", "--syn_lr_form", form]
     monkeypatch.setattr("sys.argv", ["distill_mtt.py", *words])
     real = datasets.load("Digits", "", torch.device("cpu"))
     run = distill_mtt.Run(distill_mtt.parse(), real)

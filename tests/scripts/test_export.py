@@ -400,6 +400,19 @@ def test_stages_that_are_still_learned_are_left_out(copy, capfd):
         load_distilled(copy)
 
 
+def test_one_stage_that_is_still_learned_is_refused(copy, tmp_path):
+    folder = shutil.copytree(copy / STAGES[0], tmp_path / "one" / copy.name)
+    shutil.copy(copy / "config.json", folder), shutil.copy(copy / "data.json", folder)
+    assert len(load_distilled(folder)) == 10
+    (folder / "stage.json").unlink()
+    with pytest.raises(UserError, match="expected a finished stage, found none"):
+        load_distilled(folder)
+
+
+def test_an_export_of_an_export_is_refused(distilled, exported, capsys, monkeypatch):
+    refused([exported(distilled, "npz")], "distilled.npz: expected a result, found an export", capsys, monkeypatch)
+
+
 def test_export_as_a_user_runs_it(copy):
     done = run_script("scripts/export.py", copy, "--format", "png")
     first, second = done.stdout.splitlines()

@@ -106,7 +106,7 @@ def test_list_shows_every_row(monkeypatch, tmp_path):
     # 100 experts of 50 epochs of 196 steps
     assert found["cifar10-mtt-ipc10", "buffer_mtt.py"] == ["980000 optimiser steps", "2.4 GB", "6.5 GB"]
     assert found["cifar10-mtt-ipc50-oneshot", "distill_mtt.py"] == [
-        "1 stages of 5000 iterations of 30 student steps", "3.0 GB to 35.8 GB", "0 bytes",
+        "1 stages of 5000 iterations of 30 student steps", "3.1 GB to 35.8 GB", "190.5 MB",
     ]  # fmt: skip
     assert found["tiny-mtt-ipc50", "evaluate_mtt.py"] == [
         "5 stages of 500 epochs for 5 networks of ConvNetD4", "7.8 GB", "1.0 MB",

@@ -109,6 +109,14 @@ def test_scores_of_networks_that_are_trained_for_it(real, monkeypatch):
     assert len(set(found.tolist())) > 2
 
 
+def test_one_stage_drops_nothing_and_says_so(capsys):
+    assert forgetting.dropped_fraction(0.5, 1, 1) == 0
+    forgetting.note_one_stage(0.5, 1)
+    assert "note: --drop_easy changes nothing with one stage" in capsys.readouterr().err
+    forgetting.note_one_stage(0.5, 2), forgetting.note_one_stage(0.0, 1)
+    assert capsys.readouterr().err == ""
+
+
 def test_what_is_dropped_grows_linearly():
     assert [dropped_fraction(0.4, stage, 5) for stage in range(1, 6)] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     assert [dropped_fraction(0.5, stage, 2) for stage in (1, 2)] == [0, 0.5]

@@ -101,6 +101,20 @@ def test_a_pool_is_of_networks_that_earlier_unions_have_taught(taught, fix_iter,
     assert used == expected
 
 
+def test_a_continued_run_finds_the_networks_that_were_trained_together(make, real, monkeypatch):
+    """3 at a time: a run that goes on with outer iteration 4 needs networks 3 to 5, which are there."""
+    unions = [ImageDataset(*real.train.batch(slice(0, 20)))]
+    first, second = make(unions), make(unions)
+    for student in (first, second):
+        student.config = dataclasses.replace(student.config, batch=3)
+        student.last = 9
+    first.begin(3)
+    monkeypatch.setattr(training, "train_together", None)
+    second.begin(4)
+    states = [student.started[4][0] for student in (first, second)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_updates_go_through_all_images_before_any_comes_again(make, monkeypatch):  # SPEC 8.17
     """1437 images are 22 minibatches of 64 in a permutation; an update of two epochs takes 2 x 4 of them."""
     taken = []

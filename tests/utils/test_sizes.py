@@ -42,14 +42,23 @@ def test_disk_of_a_distillation_is_that_of_its_transitions(start, folders, disti
     transitions = sorted(distilled.glob("interval*"))[:-1]
     assert sum(bool(buffer_files(folder)) for folder in transitions) == 2
     size = sizes.mtt_distillation(config, DIGITS, 1437, num_experts=3)
-    assert size.disk == sum(bytes_of_buffers(folder) for folder in transitions[2 - folders :])
+    images = sum(10 * stage * 8 * 8 * 4 for stage in range(start, 4)) * 4  # the best ones and those of 3 evaluations
+    assert size.disk == images + sum(bytes_of_buffers(folder) for folder in transitions[2 - folders :])
     assert size.steps == "3 stages of 5 iterations of 4 student steps"
 
 
 def test_all_experts_of_the_buffers_count():  # SPEC 8.5
     config = config_of("distill_mtt.py", *STAGES, "--num_experts", "2")
-    found = [sizes.mtt_distillation(config, DIGITS, 1437, count).disk for count in (1, 2, 100)]
-    assert found == [found[0], 2 * found[0], 100 * found[0]] and found[0] > 0
+    found = [sizes.mtt_distillation(config, DIGITS, 1437, count).disk for count in (0, 1, 2, 100)]
+    one = found[1] - found[0]
+    assert one > 0 and found == [found[0] + count * one for count in (0, 1, 2, 100)]
+
+
+def test_one_stage_of_many_images_needs_disk_and_memory():
+    words = ["--dataset", "Tiny", "--model", "ConvNetD4", "--ipc", "250", "--num_intervals", "1", "--kept_steps", "0"]
+    union = 250 * 200 * 3 * 64 * 64 * 4
+    size = sizes.mtt_distillation(config_of("distill_mtt.py", *words), KNOWN["Tiny"], 100_000, 100)
+    assert size.disk > 10 * union and size.memory()[0] > 3 * union  # images, gradient, momentum
 
 
 def test_an_evaluation_says_how_many_networks_of_each_architecture():

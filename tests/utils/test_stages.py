@@ -7,6 +7,7 @@ from networks.reparam import flatten, set_flat
 from utils import stages, training
 from utils.data import datasets
 from utils.data.datasets import ImageDataset
+from utils.run.errors import UserError
 from utils.stages import evaluation_config, random_unions, staged_accuracies, train_and_test
 from utils.trajectories import BufferWriter, Experts, load_buffer, record_trajectory
 
@@ -235,6 +236,19 @@ def test_a_transition_trains_each_expert_on_the_union_then_records_it(transition
     for trajectory, expected in zip(found, transition.plain, strict=True):
         assert len(trajectory) == 3
         assert all(same(entry, truth) for entry, truth in zip(trajectory, expected, strict=True))
+
+
+def test_a_transition_that_diverges_stops_and_keeps_nothing_of_it(transition, tmp_path, monkeypatch):
+    recorded = stages.record_trajectory
+
+    def diverging(*arguments):
+        trajectory = recorded(*arguments)
+        return [*trajectory[:-1], [tensor * torch.inf for tensor in trajectory[-1]]]
+
+    monkeypatch.setattr(stages, "record_trajectory", diverging)
+    with pytest.raises(UserError, match="stage 1, transition, expert 1: its parameters became NaN or infinite; distil"):
+        transition(tmp_path / "after")
+    assert not list((tmp_path / "after").glob("replay_buffer_*.pt"))
 
 
 @pytest.mark.parametrize("moment", [1, 2, 3])

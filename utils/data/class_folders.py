@@ -94,6 +94,8 @@ def _list_images(root, classes):
             f"{train}: expected {len(class_names)} class folders, found {len(class_names) - len(missing)} of them and "
             f"not {missing[0]}; check --subset and --data_path"
         )
+    if len(class_names) < 2:
+        raise UserError(f"{train}: expected folders of at least two classes, found {class_names[0]} alone")
     if val.is_dir() and not any((test / name).is_dir() for name in class_names):
         test = val  # Tiny ImageNet's test images have no labels; its validation set is what everybody reports
     if not test.is_dir():
@@ -101,7 +103,8 @@ def _list_images(root, classes):
     others = []
     parts = {"train": _list_classes(train, class_names, others)}
     annotations = test / "val_annotations.txt"
-    if annotations.is_file() and (test / "images").is_dir():
+    sorted_too = any((test / name).is_dir() for name in class_names)  # which may leave the annotations behind
+    if annotations.is_file() and (test / "images").is_dir() and not sorted_too:
         return parts | {"test": _list_annotated(annotations, class_names)}, class_names, others
     in_test = _class_folders(test)
     if missing := sorted(set(class_names) - set(in_test)):
@@ -150,9 +153,11 @@ def _images_below(top, others):
             if not name.startswith(".") and not Path(folder).resolve().is_relative_to(Path(folder, name).resolve())
         )
         for name in sorted(names):
+            if name.startswith("."):  # a Mac puts ._name.jpg beside name.jpg
+                continue
             if name.lower().endswith(SUFFIXES):
                 found.append(os.path.join(folder, name))
-            elif not name.startswith(".") and not name.endswith("_boxes.txt"):  # Tiny ImageNet's bounding boxes
+            elif not name.endswith("_boxes.txt"):  # Tiny ImageNet's bounding boxes
                 others.append(os.path.join(folder, name))
     return found
 

@@ -40,8 +40,10 @@ def decode_image(path, spec):
     """
     try:
         with Image.open(path) as image:
-            image = image.convert("L" if spec.channel == 1 else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image = _in_8_bits(image).convert("L" if spec.channel == 1 else "RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged file makes a decoder stumble over
         raise UserError(f"{path}: expected an image, found a damaged file ({one_line(error)[:60]})") from None
     size = spec.im_size
     if spec.resize:
@@ -52,3 +54,13 @@ def decode_image(path, spec):
         width, height = image.size
         raise UserError(f"{path}: expected {size}x{size} pixels, found {width}x{height}; resize it")
     return np.asarray(image)
+
+
+def _in_8_bits(image):
+    """Return a Pillow image whose pixels fit 8 bits; those of 16 are scaled, where `convert` would clip them."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"8 or 16 bits for a channel are expected, not mode {image.mode}")
+    return Image.fromarray((values // 257).astype(np.uint8))

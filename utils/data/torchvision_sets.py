@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from ..run.errors import UserError, one_line
 
@@ -48,7 +49,10 @@ def read(info, root):
     def find():
         return next((folder for folder in folders if any((folder / file).exists() for file in checksums)), None)
 
-    folder = find() or _download(source, root) or find()
+    folder = find()
+    if folder is None or not all((folder / file).is_file() for file in checksums):
+        with _alone(root):  # another process may be downloading or unpacking
+            folder = find() or _download(source, root) or find()
     again = f"put the authors' file there, or remove {folder} to download all again"
     for file in checksums:
         if not (folder / file).is_file():
@@ -77,7 +81,7 @@ def _layout(source, root):
     if name.startswith("CIFAR"):
         meta = {source.meta["filename"]: source.meta["md5"]}
         return dict(source.train_list + source.test_list) | meta, [root / source.base_folder]
-    return {Path(file).stem: None for file, _ in source.resources}, [root, root / "raw", root / name / "raw"]
+    return {Path(file).stem: None for file, _ in source.resources}, [root / name / "raw", root / "raw", root]
 
 
 def _open(source, folder, split):
@@ -119,6 +123,27 @@ def _wrong_file(folder, checksums):
             if md5 and not check_md5(folder / file, md5):
                 return file
     return None
+
+
+@contextlib.contextmanager
+def _alone(root):
+    """Let one process at a time work below `root`, if it can be written to; a lock that is not needed goes."""
+    missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+    path = root / ".download.lock"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError:
+        yield
+        return
+    try:
+        with FileLock(path):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            for folder in missing:  # deepest first, if nothing came to be there
+                folder.rmdir()
 
 
 def _download(source, root):

@@ -38,6 +38,11 @@ RESUMABLE_CHANGES = (
 BEHAVIOUR = 2
 # Of options that folders of earlier versions do not name.
 CONFIG_DEFAULTS = {"select_on": "test", "bf16": False, "precision": "fp32", "drop_easy": 0.0}
+# What PDD+MTT and PDD+IDC call the same.
+COUNTERPARTS = (
+    ("--res", "--size"), ("--data_path", "--data_dir"), ("--root_log_dir", "--results"), ("--save_path", "--results"),
+    ("--num_eval", "--repeat"), ("--Iteration", "--niter"), ("--model", "--net_type"), ("--pix_init", "--init"),
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,7 +52,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description=None, **settings):
-        super().__init__(description=description, formatter_class=_Formatter, **settings)
+        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False, **settings)
 
     def error(self, message):
         raise UserError(f"{message}; see {self.prog} --help")
@@ -68,7 +73,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1, cutoff=0.7)
+            name = unknown[0].partition("=")[0]
+            near = [other for pair in COUNTERPARTS if name in pair for other in pair if other != name]
+            near = [other for other in near if other in self._option_string_actions]
+            near = near or difflib.get_close_matches(name, self._option_string_actions, 1, cutoff=0.7)
             meant = f" (did you mean {near[0]}?)" if near else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return found
@@ -259,6 +267,11 @@ def held_out(args, real):
     return real.held_out(held_out_fraction(args))
 
 
+def smallest_batch(sets, batch_size):
+    """Return how many images the smallest minibatch of an epoch on one of `sets` has."""
+    return min(len(images) % batch_size or batch_size for images in sets)
+
+
 def check_network(spec, real, title=None, smallest=None):
     """Build a network once for the images of `real`, to refuse impossible pairs before any work.
 
@@ -274,7 +287,7 @@ def check_network(spec, real, title=None, smallest=None):
         network = training.new_network(spec, real, 0)
         if smallest:
             with torch.no_grad():
-                network.train()(real.train.batch(slice(smallest))[0])
+                network.train()(real.train.batch(slice(min(smallest, 2)))[0])  # two are enough for any
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"network {title or spec} on {real.info.name}: {error}") from None
 

@@ -124,7 +124,8 @@ def draw_group(axis, results, group, colour):
     """Draw the results of one base method and network: PDD's stages, one-shot, random real images, the full set."""
     for marker, result in zip(itertools.cycle("o^vD"), [r for r in results if r.staged], strict=False):
         stages, style = headline_stages(result.report), {"marker": marker, "color": colour}
-        points(axis, [row["ipc_total"] for row in stages], stages, label=f"PDD+{group}, {result.sizes}", **style)
+        label = f"{result.method}, {result.report['model']}, {result.sizes}"
+        points(axis, [row["ipc_total"] for row in stages], stages, label=label, **style)
     oneshot = [(r.total, headline_stages(r.report)[-1]) for r in results if not r.staged]
     random = [(r.total, r.report["random"]) for r in results if r.report.get("random")]
     for found, style, label in ((oneshot, "s--", f"{group}, one-shot"), (random, "x:", f"{group}, random real")):

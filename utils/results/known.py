@@ -96,6 +96,7 @@ def _stage_folders(folder):
         _check_complete(folder, found)
         return folder, found
     if (folder / "images_best.pt").exists():
+        _learned(folder, {1: folder}, {1} if mtt_learned(folder) else set())
         stage = STAGE_FOLDER.fullmatch(folder.name)
         return (folder.parent, {int(stage[1]): folder}) if stage else (folder, {1: folder})
     raise UserError(
@@ -136,7 +137,11 @@ def refuse_other_making(folder, **given):
     folder = Path(folder)
     name = MTT_NAME.fullmatch(folder.name)
     named = {"zca": bool(name["zca"])} if name else {}
-    known = _config(folder)[0] or _read_arguments(folder) or parse_idc_name(folder) or named
+    options = _config(folder)[0]
+    known = {"method": "dm" if "_dm_" in folder.name else "idc"}
+    known |= options or _read_arguments(folder) or parse_idc_name(folder) or named
+    if options:
+        known["method"] = base_method(options).lower()
     for option, value in given.items():
         made = known.get(option, value)
         if made != value and isinstance(value, bool):
@@ -166,7 +171,9 @@ def _find_mtt(home, stages, dataset, data_path, whitened):
     dataset = _settle(home, "dataset", IDC_NAMES.get(dataset, dataset), known.get("dataset"))
     whitened = _settle(home, "zca", whitened, known.get("zca"))
     first = stages[min(stages)] / "images_best.pt"
-    info = _info(home, dataset, data_path, whitened, None, options.get("subset"), first)
+    subset = options.get("subset") or home.parent.parent.name  # ImageNet/{subset}/{pixels}/{experiment}
+    antialias = dataset != "ImageNet"  # as published
+    info = _info(home, first, dataset, data_path, whitened, None, subset, antialias)
     return Distillation(home, stages, info, options, versions, "PDD+MTT")
 
 
@@ -180,7 +187,7 @@ def _find_idc(folder, unions, dataset, data_path, factor, decode_type):
     seed = f"-seed{options['dseed']}" if options.get("dseed") else ""
     subset = f"imagenet{options['nclass']}{seed}" if "nclass" in options else folder.parent.name
     name, statistics = IDC_NAMES.get(dataset, dataset), IDC_STATISTICS.get(dataset)
-    info = _info(folder, name, data_path, False, statistics, subset, unions[1])
+    info = _info(folder, unions[1], name, data_path, False, statistics, subset)
     method = f"PDD+{base_method({'factor': factor} | options)}"
     return Distillation(folder, unions, info, options, versions, method, factor, decode_type)
 
@@ -217,19 +224,20 @@ def image_shape(path):
     return tuple(images.shape[1:])
 
 
-def _info(home, dataset, data_path, whitened, statistics, subset, path):
+def _info(home, path, dataset, data_path, whitened, statistics, subset, antialias=True):
     """Return the `DatasetInfo` of a result: from the files beside it, from the data, or from what is widely known.
 
     Args:
         home: folder of the experiment.
-        dataset, data_path, whitened, statistics, subset: as `datasets.load` takes them; data_path may be None.
         path: of a file with its images.
+        Others as for `datasets.load`; data_path may be None.
     """
     has_data, has_whitening = (home / DATA).exists(), whitened and (home / zca.FILE).exists()
     real = None
     if data_path and not (has_data and has_whitening == whitened):
         res = image_shape(path)[-1] if dataset in SIZED else None
-        real = datasets.load(dataset, data_path, torch.device("cpu"), whitened, statistics, subset, res).info
+        device = torch.device("cpu")
+        real = datasets.load(dataset, data_path, device, whitened, statistics, subset, res, antialias).info
     if has_data:
         info = DatasetInfo.from_json(files.read_json(home / DATA, "the description of a data set"), home / DATA)
     else:

@@ -8,7 +8,7 @@ from ..run import files
 from ..run.errors import UserError
 from ..run.log import log0
 
-STAGE_FILE = "stage.json"
+STAGE_FILE, LOG = "stage.json", "metrics.jsonl"
 MEASURED_ON = {"test": "test", "val": "held-out"}  # accuracies by --select_on
 STAGE_FOLDER = re.compile(r"interval(\d+)_epoch\d+-\d+")
 
@@ -66,7 +66,11 @@ def find_mtt_stages(experiment, stages, names=None):
             raise UserError(
                 f"--override_interval_names: expected {stages} names joined by dots (num_intervals), found {len(names)}"
             )
-        return [experiment / name for name in names]
+        folders = [experiment / name for name in names]
+        for folder in folders:
+            if (folder / LOG).exists() and not mtt_learned(folder):
+                raise UserError(f"{folder}: expected a finished stage, found it interrupted; continue its distillation")
+        return folders
     found = mtt_stages(experiment) or {1: [experiment]}  # a single stage is in the experiment's own folder
     if doubled := next((stage for stage in range(1, stages + 1) if len(found.get(stage, [])) > 1), None):
         raise UserError(
@@ -80,7 +84,7 @@ def find_mtt_stages(experiment, stages, names=None):
 
 def mtt_learned(folder):
     """True if the stage of PDD+MTT in `folder` has learned its subset."""
-    return is_learned(folder / STAGE_FILE, folder / "images_best.pt", folder / "metrics.jsonl")
+    return is_learned(folder / STAGE_FILE, folder / "images_best.pt", folder / LOG)
 
 
 def is_learned(summary, data, log):

@@ -66,7 +66,8 @@ def _starts(result):
     """Return in a word how the networks of the headline start; empty for older reports, which do not say it."""
     if result.base != "MTT" or result.report.get("fresh"):
         return "fresh"
-    return {"experts": "matched", "random": "fresh"}.get(result.report["config"].get("starts"), "")
+    starts = result.report["config"].get("starts")  # a digest of the experts', or random
+    return "fresh" if starts == "random" else "matched" if starts else ""
 
 
 def _accuracy_charts(shown):

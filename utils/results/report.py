@@ -191,7 +191,7 @@ def table(report):
 
 
 def save_grid(path, pixels, labels, upscale_to=64):
-    """Write a grid of images as PNG: one row for each class, at most `GRID_COLUMNS` columns.
+    """Write a grid of images as PNG: a row for each class, or several of at most `GRID_COLUMNS` columns.
 
     Args:
         path: of the PNG.
@@ -203,11 +203,16 @@ def save_grid(path, pixels, labels, upscale_to=64):
     from torchvision.utils import make_grid
 
     pixels, labels = pixels.detach().float().cpu().clamp(0, 1), labels.cpu()
-    order = torch.argsort(labels, stable=True)
-    per_class = int(torch.bincount(labels).max())
+    _, row, counts = labels.unique(return_inverse=True, return_counts=True)
+    per_class = int(counts.max())
+    columns = -(-per_class // -(-per_class // GRID_COLUMNS))  # of as few rows a class as there can be
+    cells = -(-per_class // columns) * columns
+    number = torch.cat([torch.arange(count) for count in counts])[torch.argsort(torch.argsort(row, stable=True))]
+    sheet = torch.zeros(len(counts) * cells, *pixels.shape[1:])
+    sheet[row * cells + number] = pixels
     factor = max(1, upscale_to // pixels.shape[2])
-    pixels = pixels[order].repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    grid = make_grid(pixels, nrow=min(per_class, GRID_COLUMNS), padding=2)
+    sheet = sheet.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    grid = make_grid(sheet, nrow=columns, padding=2)
     array = (grid * 255).round().byte().permute(1, 2, 0).numpy()
     with files.atomic(path) as file:
         Image.fromarray(array).save(file, format="PNG")

@@ -24,13 +24,19 @@ def setup_device(name, precision="fp32"):
         UserError: the device is not there.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        alone = torch.backends.mps.is_available() and distributed.size() == 1  # processes cannot exchange its tensors
+        name = "cuda" if torch.cuda.is_available() else "mps" if alone else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda" and distributed.size() > 1:
             if device.index is not None:
                 raise UserError(f"--device {name}: expected cuda under torchrun, which gives every rank its own GPU")
             device = torch.device("cuda", distributed.local_rank())
+            if device.index >= (count := torch.cuda.device_count()):
+                raise UserError(
+                    f"torchrun: expected a GPU for each process of this machine, found {count} for process "
+                    f"{device.index + 1}; lower --nproc_per_node, or take --device cpu"
+                )
         torch.zeros(1, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)

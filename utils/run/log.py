@@ -111,6 +111,12 @@ class Log:
         if self.rows:  # else there may be no file yet
             read_rows(self.path, self.rows)
 
+    def begin(self):
+        """Make the file: a stage with images and no log is taken for a published one, which is finished."""
+        if distributed.is_rank0():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+
     def _open(self):
         kept = read_rows(self.path, self.rows) if self.rows else []
         with files.atomic(self.path, "w") as file:

@@ -230,6 +230,7 @@ def test_a_failed_download_leaves_nothing(name, inside, tmp_path, monkeypatch):
         (lambda t: [shutil.rmtree(p) for p in (t / "test").iterdir()],
          "test: expected the classes of train in test, found no class0"),
         (lambda t: (t / "test/class10").mkdir(), "test/class10: expected the same classes as in .*train"),
+        (lambda t: [shutil.rmtree(t / f"train/class{n}") for n in range(1, 10)], "at least two classes, found class0"),
     ],
 )  # fmt: skip
 def test_damaged_class_folders_are_named(tmp_path, damage, words):
@@ -239,14 +240,45 @@ def test_damaged_class_folders_are_named(tmp_path, damage, words):
         datasets.read("CIFAR10", tree)
 
 
+@pytest.mark.parametrize("mode,suffix", [("I;16", "png"), ("I", "tiff")])
+def test_images_of_16_bits_are_scaled(mode, suffix, tmp_path):
+    tree = make_tree(tmp_path / "t", ["cat", "dog"], 1, 1)
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32)
+    array = ramp.astype(np.uint16 if mode == "I;16" else np.int32)
+    Image.fromarray(array).save(tree / "train" / "cat" / f"0000.{suffix}")
+    found = datasets.read("folder", tree, res=32).train_images
+    (image,) = (one[0] for one in found if np.ptp(one[0].astype(int)) == 255 and (one[0] == one[1]).all())
+    assert np.abs(image - ramp / 257).max() <= 1
+
+
+def test_images_that_are_no_8_or_16_bits_are_named(tmp_path):
+    tree = make_tree(tmp_path / "t", ["cat", "dog"], 1, 1)
+    Image.fromarray(np.random.default_rng(0).random((32, 32), dtype=np.float32)).save(tree / "train/cat/0000.tiff")
+    with pytest.raises(UserError, match=r"0000.tiff: expected an image, .*8 or 16 bits"):
+        datasets.read("folder", tree, res=32)
+
+
+def test_a_decoder_that_stumbles_is_one_line(tmp_path, monkeypatch):
+    tree = make_tree(tmp_path / "t", ["cat", "dog"], 1, 1)
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: (_ for _ in ()).throw(TypeError("not a number")))
+    with pytest.raises(UserError, match="expected an image, found a damaged file"):
+        datasets.read("folder", tree, res=32)
+
+
+def test_hidden_files_of_a_mac_are_no_images(tmp_path, capsys):
+    tree = make_tree(tmp_path / "t", ["cat", "dog"], 2, 1)
+    (tree / "train" / "cat" / "._0000.png").write_bytes(b"companion")
+    assert len(datasets.read("folder", tree, res=32).train_images) == 4 and capsys.readouterr().err == ""
+
+
 def test_images_of_another_size_are_refused(tmp_path):
     tree = make_tree(tmp_path / "t", [f"class{n}" for n in range(10)], 1, 1, size=28)
     with pytest.raises(UserError, match="expected 32x32 pixels, found 28x28"):
         datasets.read("CIFAR10", tree)
 
 
-@pytest.mark.parametrize("sorted_val", [True, False])
-def test_tiny_imagenet_as_downloaded_and_sorted(tmp_path, sorted_val):
+@pytest.mark.parametrize("sorted_val,annotated", [(True, False), (True, True), (False, True)])
+def test_tiny_imagenet_as_downloaded_and_sorted(tmp_path, sorted_val, annotated):
     rng = np.random.default_rng(0)
     names = [f"n{n:08d}" for n in range(200)]
     lines = []
@@ -259,7 +291,8 @@ def test_tiny_imagenet_as_downloaded_and_sorted(tmp_path, sorted_val):
         where.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (64, 64), (label, 0, 0)).save(where / f"val_{199 - label}.JPEG", quality=100)
         lines.append(f"val_{199 - label}.JPEG\t{name}\t0\t0\t62\t62\n")
-    if not sorted_val:
+    if annotated:
+        (tmp_path / "val" / "images").mkdir(exist_ok=True)  # sorting may leave it behind, empty
         (tmp_path / "val" / "val_annotations.txt").write_text("".join(lines))
     (tmp_path / "test" / "images").mkdir(parents=True)  # without labels, as downloaded
     found = datasets.read("Tiny", tmp_path)
@@ -274,9 +307,8 @@ def test_zca_whitens_is_inverted_and_cached(cifar_tree, monkeypatch):
     restored = real.info.to_pixels(real.train.images)
     torch.testing.assert_close(restored, torch.from_numpy(pixels / 255).float(), rtol=0, atol=2e-3)
     flat = torch.from_numpy(pixels.reshape(len(pixels), -1) / 255)
-    centred = flat - flat.mean(0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred / (len(flat) - 1))
-    expected = centred @ (vectors * (values.clamp(min=0) + 0.1).rsqrt()) @ vectors.T
+    left, scales, right = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    expected = (left * scales * (scales.square() / (len(flat) - 1) + 0.1).rsqrt()) @ right
     torch.testing.assert_close(real.train.images.flatten(1).double(), expected, rtol=0, atol=2e-3)
     monkeypatch.setattr(datasets.zca, "fit", None)
     again = datasets.load("CIFAR10", cifar_tree, CPU, whiten=True)

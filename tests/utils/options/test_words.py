@@ -84,7 +84,7 @@ def test_unused_options_are_accepted_hidden_and_listed(name, monkeypatch, capsys
     "script,words,found",
     [
         (distill_mtt, "--num-intervals 7 --lr-img=5", {"num_intervals": 7, "lr_img": 5.0}),
-        (distill_mtt, "--num_interv 7 --start-sampling-epoch 2", {"num_intervals": 7, "start_sampling_epoch": 2}),
+        (distill_mtt, "--num_intervals 7 --start-sampling-epoch 2", {"num_intervals": 7, "start_sampling_epoch": 2}),
         (evaluate_mtt, "--num-intervals=3 --save-path a-b_c", {"num_intervals": 3, "save_path": "a-b_c"}),
         (buffer_mtt, "--use_random_pruning --sparse_ratio 0.5", {"use_random_pruning": True, "sparse_ratio": 0.5}),
         (distill_idc, "--ipc 1 --num_intervals 3 --weight_decay=1e-3", {"num_intervals": 3, "weight_decay": 1e-3}),

@@ -127,6 +127,16 @@ def test_one_figure_shows_all_networks_of_a_report(folders):
     assert levels == [own["full"]["accuracy_mean"]]
 
 
+def test_random_real_images_in_stages_are_not_called_pdd(folders, tmp_path):
+    shutil.copytree(folders[0], tmp_path / "copy")
+    found = json.loads((tmp_path / "copy" / "report.json").read_text())
+    found["config"] |= {"slct_type": "random", "factor": 1}
+    (tmp_path / "copy" / "report.json").write_text(json.dumps(found))
+    axis = figures.accuracy_by_ipc([compare.read(tmp_path / "copy")]).axes[0]
+    assert any(label.startswith("random real, ") for label in series(axis))
+    assert not any(label.startswith("PDD+") for label in series(axis))
+
+
 def series(axis):
     """Return {label: [(x, mean, lower end, upper end), …]} of the points with bars."""
     found = {}

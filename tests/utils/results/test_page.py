@@ -87,8 +87,13 @@ def test_fresh_starts_are_the_headline(results, tmp_path):
     text = page.render([compare.read(tmp_path / "copy")])
     (row,) = table(text, "summary")
     assert row[2].startswith("14.34 ") and row[5] == "fresh"
-    shown = [row[1] for row in table(text, "rows")]
-    assert "stage 1-2" in shown and "stage 1-2, fresh start" in shown
+    for starts, shown in (("random", "fresh"), ("0123456789ab", "matched"), (None, "")):
+        found.pop("fresh", None), found["models"][found["model"]].pop("fresh", None)
+        found["config"] = {**found["config"], "starts": starts}
+        (tmp_path / "copy" / "report.json").write_text(json.dumps(found))
+        assert table(page.render([compare.read(tmp_path / "copy")]), "summary")[0][5] == shown
+    labels = [row[1] for row in table(text, "rows")]
+    assert "stage 1-2" in labels and "stage 1-2, fresh start" in labels
 
 
 def test_hours_are_added_up_and_leave_evaluations_out(results, rendered):

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from PIL import Image
 
@@ -28,6 +29,17 @@ def test_the_last_accuracy_counts_and_the_best_stands_beside_it():  # SPEC 8.11
     assert header.split()[-10:] == ["accuracy", "(%)", "best", "of", "3", "(%)", "of", "full", "(%)", "networks"]
     assert first.split()[-8:] == ["10.00", "±", "10.00", "35.00", "±", "5.00", "20.0", "2"]
     assert last.split()[-3:] == ["all", "50.00", "1"]  # one network has no spread
+
+
+@pytest.mark.parametrize("count,columns,rows", [(50, 50, 1), (60, 30, 2), (101, 34, 3)])
+def test_classes_of_many_images_take_several_whole_rows(count, columns, rows, tmp_path):
+    labels = torch.arange(2).repeat(count)
+    pixels = labels[:, None, None, None].expand(-1, 3, 8, 8).float()
+    report.save_grid(tmp_path / "grid.png", pixels, labels, upscale_to=8)
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.size == (columns * 10 + 2, 2 * rows * 10 + 2)
+        white = [image.getpixel((6, 10 * row + 6)) == (255, 255, 255) for row in range(2 * rows)]
+    assert white == [False] * rows + [True] * rows
 
 
 def test_grids_have_one_row_for_each_class(tmp_path):

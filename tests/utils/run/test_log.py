@@ -50,6 +50,12 @@ def test_a_log_that_is_begun_anew_replaces_the_old_one(path):
     assert read_rows(path) == [{"iteration": 0}]
 
 
+def test_a_log_is_there_before_its_first_row(path):
+    """Images without a log are taken for published ones, which are finished."""
+    Log(path.parent / "new" / "log.jsonl").begin()
+    assert (path.parent / "new" / "log.jsonl").read_text() == ""
+
+
 def test_a_log_saved_before_its_first_row_needs_no_file(path):
     again = Log(path)
     again.load_state_dict(Log(path).state_dict())
