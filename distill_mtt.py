@@ -79,8 +79,8 @@ def main():
         print0(options.dry_run(args, inputs, run.experiment, size))
         return
     to_make = [run.folder(stage) for stage in range(args.start_interval, args.num_intervals + 1)]
-    there = sum(path.stat().st_size for folder in to_make for path in folder.glob("replay_buffer_*.pt"))
-    files.need_disk(run.experiment, size.disk - there, "the trajectories of the transitions and the images")
+    there = sum(path.stat().st_size for folder in to_make for path in folder.glob("*.pt"))
+    files.need_disk(run.experiment, max(0, size.disk - there), "the trajectories of the transitions and the images")
     with files.locked(run.experiment):
         distributed.on_rank0(run.check_config)
         for stage in range(args.start_interval, args.num_intervals + 1):
@@ -127,7 +127,7 @@ def learn_subset(stage, run):
         optimizers["labels_sgd"] = SGD([synthetic.learned_soft], args.lr_label, SYN_MOMENTUM)
     shown = synthetic.copy() if args.ema else synthetic  # what is evaluated and kept: the running mean of the images
     best = {"accuracy": -1.0, "iteration": None, "models": {}}
-    log = Log(run.folder(stage) / "metrics.jsonl", args.wandb, vars(args))
+    log = Log(run.folder(stage) / names.LOG, args.wandb, vars(args))
     state = {"learned": synthetic.learned, "syn_lr": synthetic.syn_lr, **optimizers, "best": best, "log": log}
     state |= {"mean": shown.learned} if args.ema else {}
     state |= {"labels": synthetic.learned_soft} if args.soft_labels else {}

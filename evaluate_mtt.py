@@ -130,7 +130,8 @@ def check_ipc(args, experiment, totals):
     if [*itertools.accumulate(names.stage_ipcs(args.ipc, len(totals))[: len(totals)])] != totals:
         ipcs = [total - before for before, total in zip([0, *totals], totals, strict=False)]
         made = ipcs[0] if len(set(ipcs)) == 1 else ",".join(map(str, ipcs))
-        raise UserError(f"{experiment}: its stages learned {made} images per class; give --ipc {made}")
+        given = ",".join(map(str, names.stage_ipcs(args.ipc, 1)))
+        raise UserError(f"{experiment}: made with --ipc {made}, found --ipc {given}; give --ipc {made}")
 
 
 def pool_of(args):

@@ -149,8 +149,8 @@ def mtt_parts(steps, info, train_images, device, repeats):
             trained += on_unions(name, stages * epochs, unions[-1:]) + units.test(name)
         final += (evaluation.num_experts if own else evaluation.num_eval) * trained
         if not evaluation.skip_full:
-            epochs = evaluation.full_networks * evaluation.full_epochs
-            final += epochs * units.epoch(name, real_config, train_images)
+            in_all = evaluation.full_networks * evaluation.full_epochs
+            final += in_all * units.epoch(name, real_config, train_images)
     return found | {("evaluate_mtt.py", "final evaluation"): final}
 
 
@@ -234,10 +234,10 @@ def main():
     device = setup_device(options.device, options.precision)
     torch.set_num_threads(options.threads)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {options.threads} threads"
-    rows = options.rows.split(",")
-    if unknown := [row for row in rows if row not in reproduce.ROWS or "-dm-" in row]:
+    wanted = options.rows.split(",")
+    if unknown := [row for row in wanted if row not in reproduce.ROWS or "-dm-" in row]:
         raise UserError(f"--rows {unknown[0]}: expected rows of PDD+MTT or PDD+IDC; scripts/reproduce.py --list")
-    for row in rows:
+    for row in wanted:
         parts = measure(row, scale, device, options.precision, repeats)
         total = sum(parts.values())
         rows = [

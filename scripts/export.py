@@ -45,7 +45,7 @@ def parse():
 
 def main():
     args = parse()
-    if about := formats.find_export(args.folder):
+    if Path(args.folder).is_dir() and (about := formats.find_export(args.folder)):
         raise UserError(f"{about}: expected a result, found an export of one; name the folder of the result")
     found = known.find(args.folder, args.dataset, args.data_path, args.zca, args.factor, args.decode_type)
     sets = {stage: load_stage(found, stage) for stage in sorted(found.stages)}

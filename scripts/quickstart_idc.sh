@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# PDD+IDC from nothing to a table in a few minutes on a CPU: three stages of one image per class on the bundled
+# PDD+IDC from nothing to a table in a minute or two on a CPU: three stages of one image per class on the bundled
 # digits, then evaluation. Results go to quickstart_idc/ (or the folder given). Run it again to continue.
 set -euo pipefail
 out=${1:-quickstart_idc}

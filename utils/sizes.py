@@ -77,7 +77,8 @@ def mtt_distillation(config, info, train_images, num_experts):
             start, labels = torch.zeros(student.numel), torch.zeros(union, dtype=torch.int64)
             graph = matching.graph_bytes(student, start, _images(info, union), labels, step)
         learned = unions[-1] * max(ipcs) // sum(ipcs)
-        synthetic = unions[-1] + learned * (3 if config["ema"] else 2)  # gradient, momentum, running mean
+        # The union, its gradient and its running mean; the optimiser's gradient and momentum of what is learned.
+        synthetic = unions[-1] * (3 if config["ema"] else 2) + 2 * learned
         base = _data_bytes(config, info, train_images) + _bytes(network) * config["syn_steps"] + synthetic
         between = _training_bytes(config, info, config["batch_train"], config["model"])  # evaluation and transition
         # The backward pass through a graph needs about as much again.

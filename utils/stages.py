@@ -89,8 +89,8 @@ def transition(make_network, experts, union, config, real, real_config, folder, 
         trajectory = record_trajectory(network, real, real_config, seed, ("trajectory", stage, k))
         if not all(bool(tensor.isfinite().all()) for tensor in trajectory[-1]):
             raise UserError(
-                f"stage {stage}, transition, expert {k + 1}: its parameters became NaN or infinite; distil with "
-                "--syn_lr_form exp or a lower --lr_lr, so that syn_lr stays small, into another folder or --tag"
+                f"stage {stage}, transition, expert {k + 1}: its parameters became NaN or infinite; begin anew "
+                "with another --tag, and --syn_lr_form exp or a lower --lr_lr or --mom"
             )
         writer.add(k, trajectory, alone=distributed.size() == 1)
         progress.update()

@@ -227,7 +227,8 @@ def load_mtt(folder, tag="best", device="cpu", info=None, canvas=1, shares=(1,))
     if not float(syn_lr) > 0:
         raise UserError(f"{paths['syn_lr']}: expected a learning rate > 0, found {float(syn_lr)}")
     if info:
-        check_shape(paths["images"], images, info, canvas)
+        tiled = canvas == 1 and images.shape[2] > info.im_size and images.shape[2] % info.im_size == 0
+        check_shape(paths["images"], images, info, canvas, ", or --texture and --canvas_size" if tiled else "")
         if (largest := int(labels.max())) >= info.num_classes:
             raise UserError(
                 f"{of_classes}: expected labels below {info.num_classes} for {info.name}, found {largest}; name "
@@ -252,18 +253,17 @@ def _check_soft(path, soft, count, info):
         )
 
 
-def check_shape(path, images, info, canvas=1):
+def check_shape(path, images, info, canvas=1, advice=""):
     """Refuse images (N, C, H, W) of another channel count or size than the data set's.
 
     Raises:
         UserError: they are.
     """
     expected, found = [info.channel, info.im_size * canvas, info.im_size * canvas], list(images.shape[1:])
-    textured = ", or --texture and --canvas_size" if found[1] % info.im_size == 0 else ""
     if found != expected:
         raise UserError(
             f"{path}: expected images {'x'.join(map(str, expected))} for {info.name}, found "
-            f"{'x'.join(map(str, found))}; name the right --dataset and size{textured}"
+            f"{'x'.join(map(str, found))}; name the right --dataset and size{advice}"
         )
 
 

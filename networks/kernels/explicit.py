@@ -29,11 +29,6 @@ def applies(network, images):
     )
 
 
-def _kernels():
-    """Return the module of the blocks' functions: PyTorch's own kernels, or formulas where a compiler makes kernels."""
-    return plain if torch.compiler.is_compiling() else fused
-
-
 @functools.lru_cache
 def _identity(classes, dtype, device):
     return torch.eye(classes, dtype=dtype, device=device)
@@ -60,7 +55,7 @@ def gradient(parameters, x, labels, total):
     Returns:
         (list of the gradients of the parameters, what `vjp` needs).
     """
-    kernels = _kernels()
+    kernels = plain if torch.compiler.is_compiling() else fused  # formulas where a compiler makes kernels of them
     *blocks, weight, bias = parameters
     blocks, saved = _by_block(blocks, x.dtype), []
     for kernel, offset, scale, shift in blocks:
@@ -98,10 +93,10 @@ def vjp(parameters, saved, vectors, total, of_parameters=True, of_labels=False):
         (list of the derivatives with respect to the parameters or None, that with respect to the images, and with
         of_labels that with respect to the labels).
     """
-    kernels = _kernels()
     *blocks, weight, _ = parameters
     *v_blocks, v_weight, v_bias = vectors
     features, shares, g_logits, *saved = saved
+    kernels = plain if len(saved[0][2]) == plain.STATE else fused  # as `gradient` did, whoever runs this
     dtype = saved[0][0].dtype
     blocks, v_blocks = _by_block(blocks, dtype), _by_block(v_blocks, dtype)
 

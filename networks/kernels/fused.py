@@ -104,7 +104,7 @@ def _planes(scalars):
 def forward(x, weight, bias):
     """Return avg_pool2d(relu(instance_norm(x) * weight + bias), 2) and a state that the functions below need.
 
-    The state are the activations before pooling, and mean and 1 / √(variance + ε) of each plane (N, C).
+    The state is the activations before pooling, and mean and 1 / √(variance + ε) of each plane (N, C).
     """
     count, channels, height, width = x.shape
     z, mean, rstd = torch.ops.aten.native_group_norm(

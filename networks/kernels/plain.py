@@ -2,12 +2,14 @@
 
 fused.py calls kernels of PyTorch, which a compiler would take apart into more kernels than it needs for these. Names,
 arguments and results are those of fused.py, but for the state: here it is the sum of each plane and that of its squared
-deviations from the mean, (N, C) both.
+deviations from the mean, both (N, C).
 """
 
 import torch
 
 from networks.kernels.fused import EPSILON
+
+STATE = 2  # tensors of a state; fused.py has three
 
 
 def _planes(scalars):

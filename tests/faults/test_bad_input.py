@@ -55,6 +55,7 @@ CASES = [
     (D, [*STAGES, "--lr_imgs", "1"], r"unrecognized arguments: --lr_imgs 1 \(did you mean --lr_img\?\); see"),
     (D, [*STAGES, "--nonsense", "1"], "unrecognized arguments: --nonsense 1; see"),
     (D, [*STAGES, "--size", "32"], r"unrecognized arguments: --size 32 \(did you mean --res\?\)"),
+    (E, [*STAGES, "--root-log-dir", "x"], r"unrecognized arguments: --root-log-dir x \(did you mean --save_path\?\)"),
     (D, [*STAGES, "--num_interv", "3"], r"\(did you mean --num_intervals\?\)"),  # no option is guessed
     (D, [*STAGES, "--model", "ConvNetW64"], "expected replay_buffer_0.pt"),
     (D, [*STAGES, "--Iteration", "7", "--lr_img", "100", "--num_eval", "3"], "Iteration 5 there, 7 now; num_eval 2 th"),
@@ -84,7 +85,7 @@ CASES = [
         "--slice_size with ConvNetBN: expected a network without",
     ),
     (E, [*STAGES, "--zca", "--override_load_path", EXPERIMENT], "made without --zca; leave --zca out"),
-    (E, [*STAGES, "--override_load_path", EXPERIMENT, "--ipc", "2"], "its stages learned 1 images .* give --ipc 1"),
+    (E, [*STAGES, "--override_load_path", EXPERIMENT, "--ipc", "2"], "made with --ipc 1, found --ipc 2; give --ipc 1"),
     (E, [*STAGES, "--model", "ConvNet", "--override_load_path", EXPERIMENT], "made with --model ConvNetW32, found"),
     (E, [*STAGES, "--override_load_path", "no/such/folder/"], "expected the folder of a distillation"),
     (E, [*STAGES, "--override_load_path", "nothing"], "expected the folder of a distillation"),

@@ -15,6 +15,8 @@ from utils import forgetting, training
 from utils.augment import DSA
 from utils.data import datasets
 from utils.results.load import load_distilled
+from utils.results.names import mtt_learned
+from utils.run.errors import UserError
 from utils.run.files import human_bytes
 from utils.synthetic import SyntheticSet, empty_set, load_mtt
 from utils.trajectories import Experts, load_buffer
@@ -447,9 +449,6 @@ def test_one_hot_labels_that_are_not_learned_give_the_hard_run(distil, distilled
         torch.testing.assert_close(best_images(folder, stage), best_images(distilled, stage), rtol=1e-4, atol=1e-4)
 
 
-# --drop_easy ----------------------------------------------------------------------------------------------------------
-
-
 def test_the_best_union_is_the_one_that_the_checkpoint_says(distilled, tmp_path):
     """A killed run may have found another best after its last save, which a GPU need not find again."""
     folder = shutil.copytree(distilled, tmp_path / "copy")
@@ -465,11 +464,32 @@ def test_the_best_union_is_the_one_that_the_checkpoint_says(distilled, tmp_path)
         assert (stage / f"{part}_best.pt").read_bytes() == (stage / f"{part}_0.pt").read_bytes()
 
 
+def test_every_stage_asks_for_its_best_union(distil, monkeypatch):
+    asked = []
+    monkeypatch.setattr(distill_mtt.Run, "keep_best", lambda run, *about: asked.append(about))
+    distil(stages=2)
+    assert asked == [(1, None), (2, None)]
+
+
+def test_a_stage_that_stops_after_its_first_images_is_not_finished(buffers, tmp_path, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise UserError("stopped before the first row of the log")
+
+    monkeypatch.setattr(distill_mtt.Log, "write", stop)
+    words = [*STAGES, *SHORT, "--buffer_path", buffers, "--root_log_dir", tmp_path]
+    assert call("distill_mtt.py", *words, capsys=capsys, monkeypatch=monkeypatch)[0] == 2
+    (best,) = tmp_path.rglob("images_best.pt")
+    assert not mtt_learned(best.parent)
+
+
 def test_compiling_what_is_not_compiled_is_told(buffers, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(distill_mtt.explicit, "applies", lambda *_: False)
     words = [*STAGES, *SHORT, "--buffer_path", buffers, "--root_log_dir", tmp_path, "--compile", "--dry_run"]
     _, said = call("distill_mtt.py", *words, capsys=capsys, monkeypatch=monkeypatch)
     assert "note: --compile changes nothing" in said
+
+
+# --drop_easy ----------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_dropped_unless_it_is_asked_for(distil, distilled):

@@ -15,7 +15,9 @@ from utils import forgetting, idc_runs, training
 from utils.data import datasets
 from utils.options import idc as idc_options
 from utils.results import compare
+from utils.results.names import idc_learned
 from utils.results.report import table_rows
+from utils.run.errors import UserError
 from utils.synthetic import SyntheticSet
 
 D, E = "distill_idc.py", "evaluate_idc.py"
@@ -154,6 +156,21 @@ def test_a_stage_that_was_interrupted_is_no_start(distilled, run, tmp_path):
     status, message = run(D, *SHORT, "--results", tmp_path, "--start-interval", 1)
     assert status == 2 and "expected stage 1 finished, found it interrupted; continue it" in message
     assert files_of(tmp_path) == before
+
+
+def test_a_stage_that_stops_after_its_first_images_is_not_finished(run, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise UserError("stopped before the first row of the log")
+
+    monkeypatch.setattr(idc_runs.Log, "write", stop)
+    assert run(D, *SHORT, "--results", tmp_path)[0] == 2
+    folder = tmp_path / "digits" / NAME
+    assert (folder / "interval_0_data.pt").exists() and not idc_learned(folder, 1)
+
+
+def test_another_ipc_than_the_results_is_refused(distilled, run):
+    status, message = run(E, *SHORT, "--ipc", 3, "--override-load-dir", distilled)
+    assert status == 2 and "expected 3 images of each class, found 2; check --ipc" in message
 
 
 def test_evaluation_reports_every_mode(distilled, run):

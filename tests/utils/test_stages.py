@@ -246,7 +246,7 @@ def test_a_transition_that_diverges_stops_and_keeps_nothing_of_it(transition, tm
         return [*trajectory[:-1], [tensor * torch.inf for tensor in trajectory[-1]]]
 
     monkeypatch.setattr(stages, "record_trajectory", diverging)
-    with pytest.raises(UserError, match="stage 1, transition, expert 1: its parameters became NaN or infinite; distil"):
+    with pytest.raises(UserError, match="stage 1, transition, expert 1: its parameters became NaN or infinite; begin"):
         transition(tmp_path / "after")
     assert not list((tmp_path / "after").glob("replay_buffer_*.pt"))
 

@@ -20,6 +20,7 @@ from .info import count_and_digest
 
 CACHE = ".pdd_cache"
 ABOUT = "about.json"
+DECODER = 2  # raised when the same files are decoded into other pixels: a cache of before is made anew
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's ImageFolder
 
 
@@ -62,6 +63,8 @@ def read(name, root, spec, num_classes=None, classes=None):
     parts, class_names, others = _list_images(root, classes)
     if num_classes not in (None, len(class_names)):
         raise UserError(f"{root}: expected {num_classes} class folders for {name}, found {len(class_names)}")
+    if len(class_names) < 2:
+        raise UserError(f"{root / 'train'}: expected folders of at least two classes, found {class_names[0]} alone")
     if others:
         log0(
             f"note: {len(others)} files in class folders are not used, such as {others[0]}; images end in "
@@ -94,8 +97,6 @@ def _list_images(root, classes):
             f"{train}: expected {len(class_names)} class folders, found {len(class_names) - len(missing)} of them and "
             f"not {missing[0]}; check --subset and --data_path"
         )
-    if len(class_names) < 2:
-        raise UserError(f"{train}: expected folders of at least two classes, found {class_names[0]} alone")
     if val.is_dir() and not any((test / name).is_dir() for name in class_names):
         test = val  # Tiny ImageNet's test images have no labels; its validation set is what everybody reports
     if not test.is_dir():
@@ -179,7 +180,7 @@ def _list_annotated(annotations, class_names):
 
 def _digests(root, parts, class_names, spec):
     """Return (digest of `spec` and of paths, labels, sizes and times of all files; fingerprint, see `DatasetInfo`)."""
-    digest, fingerprint = hashlib.sha1(f"{spec}\n".encode()), {}
+    digest, fingerprint = hashlib.sha1(f"{spec} {DECODER}\n".encode()), {}
     for part, (paths, labels) in parts.items():
         members = [[] for _ in class_names]
         for path, label in zip(paths, labels, strict=True):

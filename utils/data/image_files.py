@@ -40,8 +40,8 @@ def decode_image(path, spec):
     """
     try:
         with Image.open(path) as image:
-            image = _in_8_bits(image).convert("L" if spec.channel == 1 else "RGB")
-    except MemoryError:
+            image = _in_8_bits(path, image).convert("L" if spec.channel == 1 else "RGB")
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # whatever a damaged file makes a decoder stumble over
         raise UserError(f"{path}: expected an image, found a damaged file ({one_line(error)[:60]})") from None
@@ -56,11 +56,17 @@ def decode_image(path, spec):
     return np.asarray(image)
 
 
-def _in_8_bits(image):
-    """Return a Pillow image whose pixels fit 8 bits; those of 16 are scaled, where `convert` would clip them."""
+def _in_8_bits(path, image):
+    """Return a Pillow image whose pixels fit 8 bits; those of 16 are scaled, where `convert` would clip them.
+
+    Raises:
+        UserError: its numbers have neither 8 nor 16 bits.
+    """
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"8 or 16 bits for a channel are expected, not mode {image.mode}")
-    return Image.fromarray((values // 257).astype(np.uint8))
+        kind = "floats" if image.mode == "F" else f"numbers from {values.min()} to {values.max()}"
+        raise UserError(f"{path}: expected 8 or 16 bits a channel, found {kind}; save it as an 8-bit image")
+    wide = image.mode.startswith("I;16") or values.max() > 255
+    return Image.fromarray((values // 257 if wide else values).astype(np.uint8))

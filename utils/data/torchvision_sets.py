@@ -127,7 +127,7 @@ def _wrong_file(folder, checksums):
 
 @contextlib.contextmanager
 def _alone(root):
-    """Let one process at a time work below `root`, if it can be written to; a lock that is not needed goes."""
+    """Let one process at a time work below `root`, if it can be written to; the lock's file goes in the end."""
     missing = [folder for folder in (root, *root.parents) if not folder.exists()]
     path = root / ".download.lock"
     try:
@@ -136,14 +136,14 @@ def _alone(root):
     except OSError:
         yield
         return
-    try:
-        with FileLock(path):
+    with FileLock(path):  # which begins again if another process has removed the file
+        try:
             yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-            for folder in missing:  # deepest first, if nothing came to be there
-                folder.rmdir()
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                for folder in missing:  # deepest first, if nothing came to be there
+                    folder.rmdir()
 
 
 def _download(source, root):

@@ -38,10 +38,11 @@ RESUMABLE_CHANGES = (
 BEHAVIOUR = 2
 # Of options that folders of earlier versions do not name.
 CONFIG_DEFAULTS = {"select_on": "test", "bf16": False, "precision": "fp32", "drop_easy": 0.0}
-# What PDD+MTT and PDD+IDC call the same.
+# The same options under other names in other scripts.
 COUNTERPARTS = (
-    ("--res", "--size"), ("--data_path", "--data_dir"), ("--root_log_dir", "--results"), ("--save_path", "--results"),
-    ("--num_eval", "--repeat"), ("--Iteration", "--niter"), ("--model", "--net_type"), ("--pix_init", "--init"),
+    ("--res", "--size"), ("--data_path", "--data_dir"), ("--model", "--net_type"), ("--pix_init", "--init"),
+    ("--root_log_dir", "--save_path"), ("--root_log_dir", "--results"), ("--save_path", "--results"),
+    ("--num_eval", "--repeat"), ("--Iteration", "--niter"),
 )  # fmt: skip
 
 
@@ -74,6 +75,7 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
+            name = f"--{name[2:].replace('-', '_')}" if name.startswith("--") else name
             near = [other for pair in COUNTERPARTS if name in pair for other in pair if other != name]
             near = [other for other in near if other in self._option_string_actions]
             near = near or difflib.get_close_matches(name, self._option_string_actions, 1, cutoff=0.7)

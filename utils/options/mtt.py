@@ -112,7 +112,7 @@ EXPERIMENT = [
         "--lr_lr",
         RATE,
         1e-05,
-        "learning rate of syn_lr; for CIFAR10 at --ipc 1 always 1e-05 from stage 2 on, as published",
+        "learning rate of syn_lr; for CIFAR10 at --ipc 1 always 1e-05 from stage 2 on (form plain), as published",
     ),
     ("--lr_teacher", POSITIVE, 0.01, "learning rate of the experts; where syn_lr starts"),
     ("--batch_real", COUNT, 256, UNUSED),

@@ -136,12 +136,13 @@ def refuse_other_making(folder, **given):
     """
     folder = Path(folder)
     name = MTT_NAME.fullmatch(folder.name)
-    named = {"zca": bool(name["zca"])} if name else {}
-    options = _config(folder)[0]
-    known = {"method": "dm" if "_dm_" in folder.name else "idc"}
-    known |= options or _read_arguments(folder) or parse_idc_name(folder) or named
+    named = {"zca": bool(name["zca"]), "model": name["model"]} if name else {}
+    options, published = _config(folder)[0], IDC_NAME.fullmatch(folder.name)
+    known = options or _read_arguments(folder) or parse_idc_name(folder) or named
     if options:
-        known["method"] = base_method(options).lower()
+        known = known | {"method": base_method(options).lower()}
+    elif published:
+        known = known | {"method": "dm" if published[1] == "dm" else "idc"}
     for option, value in given.items():
         made = known.get(option, value)
         if made != value and isinstance(value, bool):

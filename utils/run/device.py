@@ -14,7 +14,7 @@ from .errors import UserError
 
 
 def setup_device(name, precision="fp32"):
-    """Return the torch.device called `name`; `auto` takes cuda, then mps, then cpu.
+    """Return the torch.device called `name`; `auto` takes cuda, then mps (one process), then cpu.
 
     A note says if bfloat16 (`precision` bf16) will not be quicker there.
 

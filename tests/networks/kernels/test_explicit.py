@@ -123,6 +123,22 @@ def test_without_a_working_compiler_one_note_is_printed(monkeypatch):
     assert notes == ["note: --compile does not work here (no compiler found); running without"]
 
 
+@pytest.mark.parametrize("compiling", [True, False])
+def test_the_products_of_a_compiled_gradient_need_no_compiler(compiling, monkeypatch):
+    """One of both may fail to compile, or be beyond the compiler's limit."""
+    torch.manual_seed(0)
+    parameters = [p.detach().double() for p in ConvNet(3, 5, 16, width=4, depth=2).parameters()]
+    x, labels = torch.randn(4, 3, 16, 16, dtype=torch.float64), torch.randint(5, (4,))
+    found = []
+    for other in (compiling, not compiling):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        _, saved = explicit.gradient(parameters, x, labels, 4)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda other=other: other)
+        products, images = explicit.vjp(parameters, saved, parameters, 4)
+        found.append([*products, images])
+    assert relative(*found) < 1e-11
+
+
 @pytest.mark.slow
 def test_compiled_steps_distil_the_same(buffers, tmp_path):
     for name, words in (("plain", []), ("compiled", ["--compile"])):
