@@ -13,6 +13,7 @@ if not os.environ.get("PDD_TEST_GPU"):
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 PROJECT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # images of 8x8 pixels; tests often share a machine
@@ -130,9 +131,15 @@ def make_tree(root, classes, train, test, size=32, part="test", seed=0, wrong=0.
 
 @pytest.fixture(scope="session")
 def cifar_tree(tmp_path_factory):
-    """A small CIFAR-10 in class folders: 12 images of each class to train, 2 to test."""
+    """A small CIFAR-10 in class folders: 12 images of each class to train, 2 to test.
+
+    One for all processes of pytest-xdist, so that one of them fits its ZCA transform.
+    """
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    return make_tree(tmp_path_factory.mktemp("data") / "cifar10", names, 12, 2)
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder
+    with FileLock(folder / "cifar10.lock"):
+        return folder / "cifar10" if (folder / "cifar10").exists() else make_tree(folder / "cifar10", names, 12, 2)
 
 
 @pytest.fixture(scope="session")
