@@ -79,7 +79,7 @@ def main():
         print0(options.dry_run(args, inputs, run.experiment, size))
         return
     to_make = [run.folder(stage) for stage in range(args.start_interval, args.num_intervals + 1)]
-    there = sum(path.stat().st_size for folder in to_make for path in folder.glob("*.pt"))
+    there = sum(path.lstat().st_size for folder in to_make for path in folder.glob("*.pt"))
     files.need_disk(run.experiment, max(0, size.disk - there), "the trajectories of the transitions and the images")
     with files.locked(run.experiment):
         distributed.on_rank0(run.check_config)
