@@ -34,6 +34,7 @@ from utils.trajectories import (
     BufferWriter,
     buffer_files,
     buffer_folder,
+    is_finite,
     load_buffer,
     record_trajectory,
 )
@@ -189,7 +190,7 @@ def record(args, real, writer, missing):
         progress = Progress(args.train_epochs, f"{label}, epoch", done)
         after = lambda _epoch, loss, progress=progress: progress.update(loss=loss)  # noqa: E731
         trajectory = record_trajectory(network, real.train, config, args.seed, keys, masks, folder, after)
-        if not all(bool(tensor.isfinite().all()) for tensor in trajectory[-1]):
+        if not is_finite(trajectory):
             raise UserError(
                 f"expert {expert} became NaN or infinite and was not saved; remove {writer.folder}, or choose another "
                 "--buffer_path, and lower --lr_teacher"

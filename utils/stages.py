@@ -15,7 +15,7 @@ from .run.checkpoint import finish_each
 from .run.errors import UserError
 from .run.log import Progress
 from .run.streams import stream
-from .trajectories import BufferWriter, record_trajectory
+from .trajectories import BufferWriter, is_finite, record_trajectory
 
 
 def evaluation_config(epochs, lr, batch_size, dsa, window=None, samples=1, precision="fp32"):
@@ -87,7 +87,7 @@ def transition(make_network, experts, union, config, real, real_config, folder, 
         network = make_network(experts.parameters(k, 0))
         training.train(network, union, config, seed, ("transition", stage, k))
         trajectory = record_trajectory(network, real, real_config, seed, ("trajectory", stage, k))
-        if not all(bool(tensor.isfinite().all()) for tensor in trajectory[-1]):
+        if not is_finite(trajectory):
             raise UserError(
                 f"stage {stage}, transition, expert {k + 1}: its parameters became NaN or infinite; begin anew "
                 "with another --tag, and --syn_lr_form exp or a lower --lr_lr or --mom"

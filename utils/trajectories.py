@@ -285,6 +285,11 @@ def record_trajectory(network, images, config, seed, keys, masks=None, folder=No
     return trajectory
 
 
+def is_finite(trajectory):
+    """True if training did not end in parameters that are NaN or infinite."""
+    return all(bool(tensor.isfinite().all()) for tensor in trajectory[-1])
+
+
 class BufferWriter:
     """Writes the experts of one folder: each expert at once to a part, a full group of parts to its replay buffer.
 
