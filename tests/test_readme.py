@@ -47,7 +47,7 @@ RUN_BY = {
         "python evaluate_idc.py --method dm -d folder": "test_own_images_go_through_all_scripts",
     },
     "runs/test_distributed.py": {
-        "torchrun": "test_stages_agree_with_one_process_to_rounding",
+        "torchrun": "test_a_killed_rank_ends_the_job_and_torchruns_restart_resumes",
         "python buffer_mtt.py … --shard": "test_shards_are_bit_identical_and_the_last_one_merges",
     },
     "scripts/test_reproduce.py": {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import call, files_of, run_script
-from tests.support.torchrun import Job
+from tests.support import torchrun
 from utils.results import compare, known
 from utils.results.load import load_distilled
 
@@ -126,7 +126,7 @@ def test_what_is_refused(run, tmp_path):
 
 
 def test_two_ranks_learn_what_one_learns(results, buffers, tmp_path):
-    Job(D, *SHORT, "--results", tmp_path, "--buffer_path", buffers, shape=(1, 2)).end()
+    torchrun.ranks(D, *SHORT, "--results", tmp_path, "--buffer_path", buffers)
     for (found, labels), (expected, expected_labels) in zip(
         unions(tmp_path / "digits" / NAME), unions(results), strict=True
     ):

@@ -44,7 +44,7 @@ def relative(found, expected):
 
 @shapes
 def test_one_iteration_and_one_sweep_are_those_of_one_process(shape, tmp_path):
-    torchrun.run("tests/support/ranks.py", tmp_path / "found.pt", shape=shape)
+    torchrun.ranks("tests/support/ranks.py", tmp_path / "found.pt", shape=shape)
     one = {"matchings": ranks.matchings(), "sweeps": ranks.idc_sweeps()}
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     count = shape[0] * shape[1]
@@ -61,7 +61,7 @@ def test_one_iteration_and_one_sweep_are_those_of_one_process(shape, tmp_path):
 
 @shapes
 def test_experts_are_bit_identical(shape, buffers, tmp_path):
-    _, out, err = torchrun.run(B, *RECORD, "--buffer_path", tmp_path, shape=shape)
+    _, out, err = torchrun.ranks(B, *RECORD, "--buffer_path", tmp_path, shape=shape)
     assert differing(tmp_path, buffers) == []
     assert out.count("done, 3 experts in 2 files") == 1 and not words(err, "error")
 
@@ -123,7 +123,7 @@ def test_a_shard_that_cannot_merge_leaves_it_to_the_next(buffers, tmp_path, reco
 def spread(request, shape, buffers, tmp_path_factory):
     """Three stages of PDD+MTT over several ranks; returns the experiment's folder."""
     root = tmp_path_factory.mktemp("spread")
-    torchrun.run(D, *STAGES, *SHORT, "--buffer_path", buffers, "--root_log_dir", root, shape=shape)
+    torchrun.ranks(D, *STAGES, *SHORT, "--buffer_path", buffers, "--root_log_dir", root, shape=shape)
     return root / "Digits" / EXPERIMENT
 
 
@@ -190,7 +190,7 @@ def test_reports_are_equal(shape, buffers, distilled, tmp_path, capsys, monkeypa
         if name == "one":
             assert call(E, *words, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
         else:
-            _, out, _ = torchrun.run(E, *words, shape=shape)
+            _, out, _ = torchrun.ranks(E, *words, shape=shape)
             assert out.count("trained on") == 1
         folder = tmp_path / name / "Digits" / EXPERIMENT
         reports.append(json.loads((folder / "report.json").read_text())["models"])
@@ -203,9 +203,15 @@ def test_reports_are_equal(shape, buffers, distilled, tmp_path, capsys, monkeypa
     [(["--ipc", 0], "expected a whole number >= 1"), (["--buffer_path", "/nowhere"], "expected replay_buffer_0.pt")],
 )
 def test_a_mistake_is_one_line_of_one_process(arguments, message, tmp_path):
-    status, out, err = torchrun.run(D, *STAGES, "--root_log_dir", tmp_path, *arguments, check=False)
+    status, out, err = torchrun.ranks(D, *STAGES, "--root_log_dir", tmp_path, *arguments, check=False)
     (said,) = words(err, "error")
-    assert message in said and status == 1 and out == ""
+    assert message in said and status == 2 and out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_torchrun_names_a_mistake_as_the_cause(tmp_path):
+    status, out, err = torchrun.Job(D, *STAGES, "--root_log_dir", tmp_path, "--ipc", 0).end(check=False)
+    (said,) = words(err, "error")
+    assert "expected a whole number >= 1" in said and status == 1 and out == ""
     assert re.search(r"Root Cause.*?exitcode  : 2 ", err, re.DOTALL)
     assert "traceback : To enable traceback" in err and "errors.py" not in err
-    assert not list(tmp_path.iterdir())

@@ -278,13 +278,30 @@ def run(script, arguments, trigger=None, **options):
 
 def run_plain(script, arguments, folder=PROJECT):
     """Run a script to its end; returns a CompletedProcess, what it printed to stdout and to stderr apart."""
+    (done,) = run_together(script, arguments, [{}], folder)
+    return done
+
+
+def run_together(script, arguments, environments, folder=PROJECT):
+    """Run a script once for each of some environments, at the same time; returns a CompletedProcess for each.
+
+    Args:
+        environments: variables, {name: value}, beside those of this process.
+        Others as for `run_plain`.
+    """
     words, context = [str(argument) for argument in arguments], multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as place:
-        printed = [Path(place) / name for name in ("stdout", "stderr")]
-        process = _start(context, _plain, script, words, *printed, folder, dict(os.environ))
-        process.join()
-        output, errors = (path.read_text() for path in printed)
-    return subprocess.CompletedProcess([script, *words], process.exitcode, output, errors)
+        started = []
+        for number, variables in enumerate(environments):
+            printed = [Path(place) / f"{name}{number}" for name in ("stdout", "stderr")]
+            process = _start(context, _plain, script, words, *printed, folder, {**os.environ, **variables})
+            started.append((process, printed))
+        done = []
+        for process, printed in started:
+            process.join()
+            texts = [path.read_text() for path in printed]
+            done.append(subprocess.CompletedProcess([script, *words], process.exitcode, *texts))
+    return done
 
 
 def run_killed(script, arguments, kills, whole, number=signal.SIGKILL, rng=None):
