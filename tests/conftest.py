@@ -48,7 +48,7 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(items):
     """Begin with the files that take longest, so that no process is left with one of them at the end."""
-    longest = ("test_quickstart.py", "test_quickstart_idc.py", "test_reproduce.py", "test_from_anywhere.py")
+    longest = ("test_quickstart.py", "test_quickstart_idc.py", "test_reproduce.py", "test_distributed.py")
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 

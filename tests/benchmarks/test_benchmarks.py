@@ -54,6 +54,7 @@ TABLES = {
     ],
     "scaling": [[None] * len(GPUS)],
 }
+LONG = ("checkpoint", "experts", "loading")
 
 
 def works(device):
@@ -101,7 +102,9 @@ def test_data_that_are_not_there_end_a_benchmark_with_one_line(tmp_path):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in TABLES]
+)
 def test_every_benchmark_prints_its_tables(name):
     done = run_script(f"benchmarks/{name}.py", "--smallest", "--json")
     tables = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -156,7 +159,12 @@ def test_the_estimate_of_many_gpus_covers_all_shapes():
 
 
 @pytest.mark.parametrize(
-    "name, number, status", [("checkpoint", signal.SIGTERM, 143), ("matching", signal.SIGKILL, -9)]
+    "name, number, status",
+    [
+        pytest.param("checkpoint", signal.SIGTERM, 143, marks=pytest.mark.long),
+        ("matching", signal.SIGTERM, 143),
+        ("matching", signal.SIGKILL, -9),
+    ],
 )
 def test_a_signal_ends_a_benchmark_with_its_processes(name, number, status, tmp_path):
     # Not below tmp_path: names of sockets in it would be too long for the system.

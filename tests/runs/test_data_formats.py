@@ -65,7 +65,7 @@ def done(script, *arguments, capsys, monkeypatch):
     assert status == 0, message
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] if n == "Tiny" else []) for n in SETS])
 def test_trajectory_matching_from_experts_to_report(name, written, tmp_path, capsys, monkeypatch):
     data, kind = written(name), name.split()[0]
     monkeypatch.chdir(data)

@@ -261,6 +261,7 @@ def run_published(number, published, epochs, tree, tmp_path):
 CIFAR_EXPERTS = "--dataset=CIFAR10 --model=ConvNet --train_epochs=50 --num_experts=100 --zca"
 
 
+@pytest.mark.long
 def test_a_published_command_runs_from_experts_to_report(cifar_tree, tmp_path):
     stages = run_published(0, CIFAR_EXPERTS, 7, cifar_tree, tmp_path)
     assert stages == [f"interval{p}_epoch{5 * p - 4}-{5 * p}" for p in range(1, 6)]

@@ -53,11 +53,13 @@ def own_results(elsewhere):
     return elsewhere
 
 
+@pytest.mark.long
 def test_own_images_go_through_all_scripts(own_results):
     reports = [json.loads(path.read_text()) for path in own_results.glob("*/**/report.json")]
     assert [found["dataset"] for found in reports] == ["pets"] * 3
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="pip needs setuptools to install from here")
 def test_a_network_is_trained_on_a_result_with_the_installed_package(own_results, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)

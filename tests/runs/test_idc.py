@@ -112,7 +112,7 @@ def test_start_interval_goes_on_from_what_is_on_disk(distilled, run, tmp_path):
     "extra",
     [
         "--match feat --f_idx 0,1",
-        "-n densenet --lr_img 1e-5 --ipc 6",
+        pytest.param("-n densenet --lr_img 1e-5 --ipc 6", marks=pytest.mark.long),
         "--metric l1 --factor 3",
         "--factor 2 --decode_type multi --batch_syn_max 4 --init noise",
         "--factor 2 --decode_type bound --early 1 --fix_iter 2",

@@ -148,7 +148,7 @@ def reproduced(tmp_path_factory, cifar_tree):
         printed = run_script(SCRIPT, *words[: words.index("--")], "--dry_run", *words[words.index("--") :]).stdout
         commands = [line for line in printed.splitlines() if "--" in line and ".py --" in line]
         for command in commands:
-            subprocess.run(shlex.split(command), cwd=PROJECT, check=True, capture_output=True)
+            run_script(*shlex.split(command)[1:])
         assert len(commands) == (3 if "mtt" in row else 2)
     return made
 
@@ -207,7 +207,13 @@ def kill_step(process):
     "row,stop,status,moments",
     [
         ("cifar10-mtt-ipc10", terminate, 143, ["expert 1/2: test", "stage 1, iteration 0", "ConvNetW32, distilled"]),
-        ("cifar10-idc-ipc10", kill_step, 137, ["stage 1, outer iteration 2:", "$ python evaluate_idc.py"]),
+        pytest.param(
+            "cifar10-idc-ipc10",
+            kill_step,
+            137,
+            ["stage 1, outer iteration 2:", "$ python evaluate_idc.py"],
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_an_interrupted_row_continues(row, stop, status, moments, reproduced, cifar_tree, tmp_path, monkeypatch):
