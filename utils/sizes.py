@@ -229,11 +229,9 @@ def _measured(spec, shape, batch):
     network, shape = _build(spec, **dict(shape)), dict(shape)
     images = torch.zeros(batch, shape["channel"], shape["im_size"], shape["im_size"], device="meta")
     labels = torch.zeros(batch, dtype=torch.int64, device="meta")
-    graph = saved_bytes(lambda: F.cross_entropy(network(images), labels))
     outputs = []
     for module in network.modules():
         module.register_forward_hook(lambda _module, _input, output: outputs.append(output.nbytes))
-    with torch.no_grad():
-        network(images[:1].expand(TEST_BATCH, -1, -1, -1))
-    # Parameters, gradients and momentum; a layer's input and output beside the output of the layer before.
-    return 3 * _bytes(network) + max(graph, 3 * max(outputs))
+    graph = saved_bytes(lambda: F.cross_entropy(network(images), labels))
+    # Parameters, gradients and momentum; in a test a layer's input and output beside the output of the layer before.
+    return 3 * _bytes(network) + max(graph, 3 * max(outputs) * TEST_BATCH // batch)

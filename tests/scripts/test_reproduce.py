@@ -17,6 +17,7 @@ import evaluate_idc
 import evaluate_mtt
 from scripts import reproduce
 from tests.conftest import PROJECT, files_of, run_script
+from tests.support import killer
 from tests.support.published import SEED_COMMANDS
 from utils.run import errors, files
 
@@ -169,18 +170,15 @@ def test_sizes_are_those_of_dry_run(row, reproduced, cifar_tree, monkeypatch, ca
 
 def run_until(line, words, stop):
     """Run reproduce.py and call `stop(process)` when it prints `line` or more; returns (exit status, its lines)."""
-    command = [sys.executable, PROJECT / SCRIPT, *map(str, words), "--checkpoint_minutes", "0"]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, cwd=PROJECT, env=environment, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT) as process:  # fmt: skip
-        lines = []
-        for printed in process.stdout:
+    started, lines = killer.Start(SCRIPT, [*words, "--checkpoint_minutes", 0]), []
+    with open(started.output.fileno(), closefd=False) as output:
+        for printed in output:
             lines.append(printed.rstrip())
-            if stop and printed.startswith(line):
-                stop(process)
+            if stop and re.match(line, printed):
+                stop(started.process)
                 stop = None
     assert stop is None, lines
-    return process.returncode, lines
+    return started.wait().status, lines
 
 
 def results_of(root):
@@ -192,7 +190,7 @@ def results_of(root):
 
 
 def terminate(process):
-    process.send_signal(signal.SIGTERM)
+    process.terminate()
 
 
 def kill_step(process):
@@ -211,13 +209,12 @@ def kill_step(process):
             "cifar10-idc-ipc10",
             kill_step,
             137,
-            ["stage 1, outer iteration 2:", "$ python evaluate_idc.py"],
+            ["stage 1, outer iteration 2:", r"\$ .*evaluate_idc.py"],
             marks=pytest.mark.long,
         ),
     ],
 )
-def test_an_interrupted_row_continues(row, stop, status, moments, reproduced, cifar_tree, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+def test_an_interrupted_row_continues(row, stop, status, moments, reproduced, cifar_tree, tmp_path):
     words = arguments(row, cifar_tree, tmp_path)
     for line in moments:
         ended, lines = run_until(line, words, stop)

@@ -100,6 +100,7 @@ def studied(tmp_path_factory, cifar_tree):
     return out / "small", before, done.stdout
 
 
+@pytest.mark.long
 def test_the_table_is_that_of_the_reports(studied, cifar_tree):
     out, before, printed = studied
     rows = json.loads((out / "base-methods.json").read_text())["rows"]
@@ -117,6 +118,7 @@ def test_the_table_is_that_of_the_reports(studied, cifar_tree):
     assert "MTT, 1 × 10" in printed and "<!DOCTYPE html>" in (out / "base-methods.html").read_text()
 
 
+@pytest.mark.long
 def test_a_finished_study_runs_nothing(studied, cifar_tree, monkeypatch, capsys):
     monkeypatch.setitem(study.STUDIES, "base-methods", SMALLEST)
     monkeypatch.setattr(sys, "argv", ["study.py", *arguments(cifar_tree, studied[0].parent)])
