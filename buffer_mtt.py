@@ -182,14 +182,13 @@ def record(args, real, writer, missing):
     alone = distributed.size() == 1 and not args.shard
     for expert in distributed.share(missing):
         network = training.new_network(args.model, real, args.seed, "expert", expert)
-        masks = None
         if args.use_random_pruning:
-            masks = training.random_masks(network, args.sparse_ratio, stream(args.seed, "pruning", expert))
+            training.prune(network, args.sparse_ratio, stream(args.seed, "pruning", expert))
         folder, keys = writer.epochs(expert), ("expert", expert, "train")
         label, done = f"expert {expert + 1}/{args.num_experts}", len(list(folder.glob("epoch_*.pt")))
         progress = Progress(args.train_epochs, f"{label}, epoch", done)
         after = lambda _epoch, loss, progress=progress: progress.update(loss=loss)  # noqa: E731
-        trajectory = record_trajectory(network, real.train, config, args.seed, keys, masks, folder, after)
+        trajectory = record_trajectory(network, real.train, config, args.seed, keys, folder, after)
         if not is_finite(trajectory):
             raise UserError(
                 f"expert {expert} became NaN or infinite and was not saved; remove {writer.folder}, or choose another "

@@ -41,7 +41,7 @@ from utils.stages import evaluation_config
 from utils.synthetic import SyntheticSet
 from utils.trajectory_matching import Step, match
 
-TEST_IMAGES, TEST_BATCH = sizes.TEST_IMAGES, sizes.TEST_BATCH
+TEST_IMAGES = sizes.TEST_IMAGES
 STUDENT_STEPS = 4  # that are timed, of an iteration
 
 
@@ -88,8 +88,9 @@ class Units:
         """Return the seconds of one measurement of the accuracy."""
         key = f"test {spec}"
         if key not in self.known:
-            network, images = self.network(spec), self.images(TEST_BATCH)
-            self.known[key] = self.seconds(lambda: training.accuracy(network, images)) * TEST_IMAGES / TEST_BATCH
+            network, batch = self.network(spec), training.testing_batch(self.info.im_size)
+            images = self.images(batch)
+            self.known[key] = self.seconds(lambda: training.accuracy(network, images)) * TEST_IMAGES / batch
         return self.known[key]
 
 

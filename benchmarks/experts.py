@@ -36,7 +36,7 @@ def project(model, images, dataset, data_path, device, precision):
     config = training.TrainConfig(1, 0.01, dsa=DSA(DSA_STRATEGY), precision=precision)
     optimizer, rng = training.sgd(network, config), stream(0, "benchmark")
     index = torch.arange(images, device=device)
-    return lambda: training.train_epoch(network, optimizer, real.train, config, rng, index=index)
+    return lambda: training.train_epoch(network, optimizer, real.train, config, rng, index)
 
 
 def main():

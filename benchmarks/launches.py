@@ -26,7 +26,7 @@ from networks.reparam import ReparamModule, flatten
 from utils import training
 from utils.augment import DSA
 from utils.data.datasets import ImageDataset
-from utils.gradient_matching import matching_loss
+from utils.gradient_matching import GradientMatchConfig, matching_loss
 from utils.options import DSA_STRATEGY
 from utils.trajectory_matching import Step, match
 
@@ -95,7 +95,7 @@ def training_step(model, size, images):
     config = training.TrainConfig(1, 0.01, batch_size=images)
     own, data = training.sgd(network, config), ImageDataset(x, y)
     rng, order = np.random.default_rng(0), torch.zeros(images, dtype=torch.int64, device=META)
-    project = counted(lambda: training.train_epoch(network, own, data, config, rng, index=order, shuffle=False))
+    project = counted(lambda: training.train_epoch(network, own, data, config, rng, order))
     return counted(published), project
 
 
@@ -117,10 +117,11 @@ def sweep(size, classes):
         zeros(40, size),
     )
     synthetic.requires_grad_()
+    config = GradientMatchConfig(lr=0.005, augment=None, metric="mse")
 
     def one():
         for label in range(classes):
-            matching_loss(network, real, synthetic, label, "grad", "mse").backward()
+            matching_loss(network, real, synthetic, label, config).backward()
 
     project = counted(one)
     baseline.unfused(network)

@@ -5,4 +5,4 @@ set -euo pipefail
 . "$(dirname "$0")/environment.sh" requirements-dev.txt
 
 export OMP_NUM_THREADS=1
-python -m pytest -m "slow or not slow" tests/runs/test_distributed.py "$@"
+python -m pytest -m "" tests/runs/test_distributed.py "$@"

@@ -237,7 +237,8 @@ def random_windows(images, rng, size, samples):
     rows = (top[:, None] + place) % height
     columns = (left[:, None] + place) % width
     which = torch.arange(total, device=device) % count
-    return images[which[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    windows = images[which[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return windows.permute(0, 3, 1, 2).contiguous()
 
 
 def cutmix(x, setting, rng):

@@ -58,34 +58,34 @@ def matched_parameters(network, bias, fc):
     return [p for p in network.parameters() if p.dim() > 2 or (p.dim() == 1 and bias) or (p.dim() == 2 and fc)]
 
 
-def matching_loss(network, real, synthetic, label, match, metric, bias=False, fc=False, f_idx=(4, 4), precision="fp32"):
+def matching_loss(network, real, synthetic, label, config):
     """Return the matching loss of one class (0-dim), differentiable in `synthetic`.
 
     Args:
         network: torch.nn.Module.
         real, synthetic: (B, C, H, W) and (B', C, H, W) network input, normalised and augmented.
         label: the class, an int.
-        match: `grad` compares gradients of the cross-entropy, `feat` mean features.
-        metric: see `distance`.
-        bias, fc: which gradients count besides those of convolutions.
-        f_idx: (first, last) of the blocks whose features count, from 0; the network's last one if it has fewer.
-        precision: see networks/precision.py.
+        config: `GradientMatchConfig`.
     """
-    if match == "feat":
-        with torch.no_grad():
-            wanted = [features.mean(0) for features in _features(network, real, f_idx, precision)]
-        found = [features.mean(0) for features in _features(network, synthetic, f_idx, precision)]
-        return sum(distance(w, f, metric) for w, f in zip(wanted, found, strict=True))
-    parameters = matched_parameters(network, bias, fc)
+
+    def features(x):
+        maps = forward(network.blocks, x, config.precision)
+        first, last = (min(index, len(maps) - 1) for index in config.f_idx)
+        return [block.mean(0) for block in maps[first : last + 1]]
 
     def gradient(x, create_graph):
         targets = torch.full((len(x),), label, dtype=torch.int64, device=x.device)
-        loss = F.cross_entropy(forward(network, x, precision), targets)
+        loss = F.cross_entropy(forward(network, x, config.precision), targets)
+        parameters = matched_parameters(network, config.bias, config.fc)
         return torch.autograd.grad(loss, parameters, create_graph=create_graph)
 
-    wanted = gradient(real, False)
-    found = gradient(synthetic, True)
-    return sum(distance(w, f, metric) for w, f in zip(wanted, found, strict=True))
+    if config.match == "feat":
+        with torch.no_grad():
+            wanted = features(real)
+        found = features(synthetic)
+    else:
+        wanted, found = gradient(real, False), gradient(synthetic, True)
+    return sum(distance(w, f, config.metric) for w, f in zip(wanted, found, strict=True))
 
 
 def feature_range(f_idx):
@@ -99,12 +99,6 @@ def feature_range(f_idx):
     if not 0 <= first <= last:
         raise ValueError(f_idx)
     return first, last
-
-
-def _features(network, x, f_idx, precision):
-    maps = forward(network.blocks, x, precision)
-    first, last = (min(index, len(maps) - 1) for index in f_idx)
-    return maps[first : last + 1]
 
 
 def momentum_ahead(momentum, steps):
@@ -155,7 +149,11 @@ class GradientMatchConfig:
         factor, decode_type: of multi-formation.
         batch_real: real images of a class in one match.
         batch_syn_max: decoded images of a class in one match, at most; more are cut at random.
-        match, metric, bias, fc, f_idx, precision: as for `matching_loss`.
+        match: `grad` compares gradients of the cross-entropy, `feat` mean features.
+        metric: see `distance`.
+        bias, fc: which gradients count besides those of convolutions.
+        f_idx: (first, last) of the blocks whose features count, from 0; the network's last one if it has fewer.
+        precision: see networks/precision.py.
     """
 
     lr: float
@@ -244,18 +242,7 @@ class GradientMatcher:
         real = self.real.train.images[to_device(index, device)].float() / 255
         both = torch.cat([real, decoded]).sub(self.real.train.mean).div(self.real.train.std)
         both = config.augment.apply(both, augmentation)
-        loss = matching_loss(
-            network,
-            both[: len(real)].detach(),
-            both[len(real) :],
-            label,
-            config.match,
-            config.metric,
-            config.bias,
-            config.fc,
-            config.f_idx,
-            config.precision,
-        )
+        loss = matching_loss(network, both[: len(real)].detach(), both[len(real) :], label, config)
         (gradient,) = torch.autograd.grad(loss, block)
         stages = len(self.synthetic.counts)
         return loss.detach(), gradient.view(-1, stages, *gradient.shape[1:])[:, -1]

@@ -123,14 +123,15 @@ class Student:
         """
         if not self.config.n_data:
             return
-        config, size = self.config.real, min(self.config.real.batch_size, len(self.real))
-        count = self.config.n_data // config.batch_size + 1
+        count = self.config.n_data // self.config.real.batch_size + 1
+        size = min(self.config.real.batch_size, len(self.real))
+        config = dataclasses.replace(self.config.real, batch_size=size)
         for epoch in range(config.epochs if distributed.is_rank0() else 0):
             number = ((outer * self.inner_loop + inner) * config.epochs + epoch) * count
             index = np.concatenate([self.shuffle.batch(number + batch, size) for batch in range(count)])
             rng = stream(self.seed, "real", self.stage, outer, inner, epoch)
             index = to_device(index, self.real.labels.device)
-            training.train_epoch(self.network, self.optimizer, self.real, config, rng, index=index, shuffle=False)
+            training.train_epoch(self.network, self.optimizer, self.real, config, rng, index)
 
     def state_dict(self):
         if self.network is None:

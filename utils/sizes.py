@@ -20,9 +20,9 @@ from . import trajectory_matching as matching
 from .memory import saved_bytes
 from .results.names import stage_ipcs
 from .run.errors import UserError
+from .training import testing_batch
 
 TEST_IMAGES = 10_000  # of every data set of the paper
-TEST_BATCH = 1024  # of training.accuracy
 REPORT_BYTES = 10**6
 BESTS = 10  # evaluations of a stage, about, that are better than all before; each saves the images
 
@@ -119,9 +119,10 @@ def idc_distillation(config, info, train_images):
         decoded = min(limit, sum((last - first) * factor**2 for first, last, factor in pieces))
         real, synthetic = _images(info, config["batch_real"]), _images(info, decoded).requires_grad_()
         network = _network(config, info)
-        options = [config[name] for name in ("match", "metric", "bias", "fc")]
-        options.append(gradient_matching.feature_range(config["f_idx"]))
-        graph = saved_bytes(lambda: gradient_matching.matching_loss(network, real, synthetic, 0, *options))
+        options = {name: config[name] for name in ("match", "metric", "bias", "fc")}
+        options["f_idx"] = gradient_matching.feature_range(config["f_idx"])
+        how = gradient_matching.GradientMatchConfig(config["lr_img"], None, **options)
+        graph = saved_bytes(lambda: gradient_matching.matching_loss(network, real, synthetic, 0, how))
         # The backward pass through a graph needs about as much again.
         work = max(2 * graph, _training_bytes(config, info, config["batch_size"]))
         return (_data_bytes(config, info, train_images) + work,) * 2
@@ -234,4 +235,4 @@ def _measured(spec, shape, batch):
         module.register_forward_hook(lambda _module, _input, output: outputs.append(output.nbytes))
     graph = saved_bytes(lambda: F.cross_entropy(network(images), labels))
     # Parameters, gradients and momentum; in a test a layer's input and output beside the output of the layer before.
-    return 3 * _bytes(network) + max(graph, 3 * max(outputs) * TEST_BATCH // batch)
+    return 3 * _bytes(network) + max(graph, 3 * max(outputs) * testing_batch(shape["im_size"]) // batch)

@@ -139,7 +139,7 @@ def soft_labels(network, images, temperature):
     Batch normalisation takes the statistics of these images: trajectories hold no running ones.
     """
     network.train()
-    size = max(1, len(images)) if has_batch_statistics(network) else 1024
+    size = max(1, len(images)) if has_batch_statistics(network) else training.testing_batch(images.shape[-1])
     return torch.cat([(network(part) / temperature).softmax(1) for part in images.split(size)])
 
 
@@ -154,14 +154,14 @@ def soft_labels_of_stages(network, vectors, totals, temperature, images):
         temperature: as for `soft_labels`.
         images: (N, C, H, W), sorted by class, in a class by stage.
     """
-    labels, classes = None, network(images[:1]).shape[1]
+    labels, classes = None, network.eval()(images[:1]).shape[1]  # one image alone has no batch statistics
     place = torch.arange(len(images), device=images.device) % (len(images) // classes)
     for vector, first, last in zip(vectors, [0, *totals], totals, strict=False):
         own = (place >= first) & (place < last)
         if own.any():
             set_flat(network, vector)
             found = soft_labels(network, images[own], temperature)
-            labels = found.new_zeros(len(images), classes) if labels is None else labels
+            labels = found.new_zeros(len(images), found.shape[1]) if labels is None else labels
             labels[own] = found
     return labels
 

@@ -80,7 +80,7 @@ def sgd(network, config):
     )
 
 
-def train(network, images, config, seed, keys, optimizer=None, masks=None, first_epoch=0, after_epoch=None):
+def train(network, images, config, seed, keys, optimizer=None, first_epoch=0, after_epoch=None):
     """Train `network` in place.
 
     Args:
@@ -90,7 +90,6 @@ def train(network, images, config, seed, keys, optimizer=None, masks=None, first
         seed: the run's seed.
         keys: tuple naming this training; its random numbers come from streams of this name.
         optimizer: of an earlier call, whose momentum goes on; None for a new one.
-        masks: {parameter: 0/1 tensor}; masked weights stay zero.
         first_epoch: index of the epoch to begin with.
         after_epoch: called with (epoch, mean loss 0-dim tensor).
 
@@ -102,7 +101,7 @@ def train(network, images, config, seed, keys, optimizer=None, masks=None, first
     for epoch in range(first_epoch, config.epochs):
         signals.stop_if_asked()
         set_hyperparameters(optimizer, config, epoch)
-        loss = train_epoch(network, optimizer, images, config, stream(seed, *keys, epoch), masks)
+        loss = train_epoch(network, optimizer, images, config, stream(seed, *keys, epoch))
         if after_epoch:
             after_epoch(epoch, loss)
     return optimizer
@@ -115,12 +114,11 @@ def set_hyperparameters(optimizer, config, epoch):
         group["momentum"], group["weight_decay"] = config.momentum, config.weight_decay
 
 
-def train_epoch(network, optimizer, images, config, rng, masks=None, index=None, shuffle=True):
-    """One pass over the images in random order.
+def train_epoch(network, optimizer, images, config, rng, index=None):
+    """One pass over the images.
 
     Args:
-        index: (n,) positions of the images of this pass; None for all.
-        shuffle: False takes them in their order.
+        index: (n,) positions of the images of this pass, in order; None for all in random order.
 
     Returns:
         The mean loss, a 0-dim tensor on the device.
@@ -128,36 +126,30 @@ def train_epoch(network, optimizer, images, config, rng, masks=None, index=None,
     seen, total = 0, torch.zeros((), device=images.labels.device)
     # Layers that draw random numbers themselves get a seed for each minibatch.
     seeds = int(rng.integers(2**62)) if draws_numbers(network) else None
-    for number, (x, *target) in enumerate(minibatches(images, config, rng, index, shuffle)):
+    for number, (x, *target) in enumerate(minibatches(images, config, rng, index)):
         with contextlib.nullcontext() if seeds is None else torch_seeded(seeds + number, x.device):
             loss = mixed_loss(forward(network, x, config.precision), *target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if masks:
-            apply_masks(masks)
         seen += len(x)
         total = total + loss.detach() * len(x)
     return total / seen
 
 
-def minibatches(images, config, rng, index=None, shuffle=True):
+def minibatches(images, config, rng, index=None):
     """Draw one pass over the images: yields augmented images, labels, and CutMix's partners and share.
 
     Args:
-        index: (n,) positions of the images of this pass; None for all.
-        shuffle: False takes them in their order.
+        index: as for `train_epoch`.
 
     Yields:
         (x (B, C, H, W), y (B,), permutation of the partners or None, share of the own labels).
     """
-    count = len(images) if index is None else len(index)
-    order = index
-    if shuffle:
-        order = to_device(rng.permutation(count), images.labels.device)
-        order = order if index is None else index[order]
-    for start in range(0, count, config.batch_size):
-        chosen = order[start : start + config.batch_size]
+    if index is None:
+        index = to_device(rng.permutation(len(images)), images.labels.device)
+    for start in range(0, len(index), config.batch_size):
+        chosen = index[start : start + config.batch_size]
         if config.imagenet:
             pixels = imagenet_augment(images.pixels(chosen), rng, config.imagenet == "crop")
             x, y = images.normalise(pixels), images.labels[chosen]
@@ -232,11 +224,16 @@ def _train_stacked(members, images, config, seed, keys):
                 parameter.copy_(parameters[name][k])
 
 
+def testing_batch(im_size):
+    """Return how many images are tested at once: 1,024 of up to 64 pixels a side, of larger ones as many pixels."""
+    return max(1, min(1024, 1024 * 64**2 // im_size**2))
+
+
 @torch.no_grad()
-def correct(network, images, batch_size=1024):
+def correct(network, images, batch_size=None):
     """Return which images of an `ImageDataset` `network` classifies right, (N,) bool on their device."""
     network.eval()
-    found = []
+    found, batch_size = [], batch_size or testing_batch(images.images.shape[-1])
     for start in range(0, len(images), batch_size):
         x, y = images.batch(slice(start, start + batch_size))
         found.append(network(x).argmax(1) == y)
@@ -244,9 +241,9 @@ def correct(network, images, batch_size=1024):
     return torch.cat(found)
 
 
-def accuracy(network, images, batch_size=1024):
+def accuracy(network, images):
     """Return the accuracy of `network` on an `ImageDataset` in percent."""
-    return 100 * correct(network, images, batch_size).sum().item() / len(images)
+    return 100 * correct(network, images).sum().item() / len(images)
 
 
 def snapshot(network):
@@ -259,27 +256,18 @@ def state_on_cpu(network):
     return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
 
 
-def random_masks(network, ratio, rng):
-    """Draw a random unstructured pruning of every convolution's weight.
+@torch.no_grad()
+def prune(network, ratio, rng):
+    """Zero a random share of each convolution's weights, which then stay zero in every training.
 
     Args:
-        ratio: share of the weights of each convolution to remove, 0 to 1.
+        ratio: share of the weights to remove, 0 to 1.
         rng: numpy.random.Generator.
-
-    Returns:
-        {weight: 0/1 tensor of its shape}.
     """
-    masks = {}
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             keep = np.ones(module.weight.numel(), dtype=np.float32)
             keep[rng.choice(len(keep), round(ratio * len(keep)), replace=False)] = 0
-            masks[module.weight] = torch.from_numpy(keep).view_as(module.weight).to(module.weight)
-    return masks
-
-
-@torch.no_grad()
-def apply_masks(masks):
-    """Zero the masked weights in place."""
-    for weight, mask in masks.items():
-        weight.mul_(mask)
+            mask = torch.from_numpy(keep).view_as(module.weight).to(module.weight)
+            module.weight.mul_(mask)
+            module.weight.register_hook(mask.mul)  # of its gradient

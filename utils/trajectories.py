@@ -252,7 +252,7 @@ def mixture(experts, expert, position):
     return before.lerp(after, position - epoch)
 
 
-def record_trajectory(network, images, config, seed, keys, masks=None, folder=None, after_epoch=None):
+def record_trajectory(network, images, config, seed, keys, folder=None, after_epoch=None):
     """Train `network` on real images and return its parameters before and after every epoch.
 
     Args:
@@ -264,8 +264,6 @@ def record_trajectory(network, images, config, seed, keys, masks=None, folder=No
         List of config.epochs + 1 entries, each the list of parameter tensors (float32, CPU) in
         `network.parameters()` order.
     """
-    if masks:
-        training.apply_masks(masks)
     trajectory, optimizer = [training.snapshot(network)], training.sgd(network, config)
     while folder and (state := files.load_trusted(folder / f"epoch_{len(trajectory) - 1:04d}.pt")):
         network.load_state_dict(state["network"])
@@ -281,7 +279,7 @@ def record_trajectory(network, images, config, seed, keys, masks=None, folder=No
             after_epoch(epoch, loss)
 
     done = len(trajectory) - 1
-    training.train(network, images, config, seed, keys, optimizer, masks, first_epoch=done, after_epoch=after)
+    training.train(network, images, config, seed, keys, optimizer, first_epoch=done, after_epoch=after)
     return trajectory
 
 

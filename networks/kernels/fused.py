@@ -17,11 +17,13 @@ P(A) and n a1 are what the first derivative finds with a scale of one, and q fol
 """
 
 import functools
+import math
 
 import torch
 from torch.nn import functional as F
 
 EPSILON = 1e-5  # of torch.nn.GroupNorm
+MOST_PLANES = {"cuda": 65535}  # of one call of `project`, which PyTorch puts into the second axis of a grid
 
 
 def applies(x):
@@ -131,9 +133,12 @@ def _ones(count, dtype, device):
 def project(v, x, state):
     """Return P(V) (N, C, H, W), and n v1 and n v0 (N, C) of each plane."""
     _, mean, rstd = state
-    # Groups of one channel: with one image of N C channels the sums are those of single planes.
     (count, channels), pixels = mean.shape, x[0, 0].numel()
-    planes = count * channels
+    planes, most = count * channels, MOST_PLANES.get(v.device.type, math.inf)
+    if planes > most:
+        parts = zip(*(tensor.split(max(1, most // channels)) for tensor in (v, x, mean, rstd)), strict=True)
+        return tuple(map(torch.cat, zip(*(project(v, x, (None, *moments)) for v, x, *moments in parts), strict=True)))
+    # Groups of one channel: with one image of N C channels the sums are those of single planes.
     projected, *sums = torch.ops.aten.native_group_norm_backward(
         v.view(1, planes, *v.shape[2:]), x.view(1, planes, *x.shape[2:]), mean.view(1, planes), rstd.view(1, planes),
         _ones(planes, mean.dtype, mean.device), 1, planes, pixels, planes, [True, True, True],

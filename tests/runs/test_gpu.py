@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import networks
+from networks.kernels import fused
 from networks.reparam import ReparamModule
 from tests.conftest import run_script
 from tests.support import small
@@ -43,6 +44,16 @@ def test_an_iteration_is_full_unrolling_on_a_cpu(name, retained_graphs, slice_si
     found = match(*problem, retained_graphs=retained_graphs, slice_size=slice_size)
     for value, truth in zip(found, expected, strict=True):
         assert value.device.type == "cuda" and relative(value.cpu(), truth) < 1e-10
+
+
+def test_as_many_planes_as_the_published_row_of_cifar100_has():
+    """512 images of 128 channels: one plane more than the second axis of a grid holds."""
+    x = torch.rand(512, 128, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight, bias = torch.ones(128, dtype=torch.float64), torch.zeros(128, dtype=torch.float64)
+    _, state = fused.forward(x, weight, bias)
+    there = [tensor.to(GPU) for tensor in state]
+    for found, truth in zip(fused.project(x.to(GPU), x.to(GPU), there), fused.project(x, x, state), strict=True):
+        assert relative(found.cpu(), truth) < 1e-10
 
 
 def test_compiled_steps_are_exact():

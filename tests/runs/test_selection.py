@@ -122,6 +122,14 @@ def test_experts_that_saw_none_of_them(tmp_path, seen, run):
     assert status == 0 and message.count(HELD_OUT_NOW) == 1
 
 
+@pytest.mark.parametrize("script", ["distill_mtt.py", "distill_idc.py", "distill_dm.py"])
+def test_no_held_out_images_are_refused(script, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    data = "Digits" if script == "distill_mtt.py" else "digits"
+    status, message = run(script, "--dataset", data, "--select_on", "val", "--val_fraction", 0)
+    assert status == 2 and "--select_on val: expected --val_fraction above 0, found 0" in message
+
+
 def test_idc_looks_at_neither_test_nor_held_out_images(tmp_path, without_test, seen, measured_on, run, monkeypatch):
     part, matched = digits().held_out(0.2), []
 

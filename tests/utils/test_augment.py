@@ -175,7 +175,7 @@ def test_grey_images_have_no_colours():
 
 
 def test_windows_wrap_around():
-    canvas = torch.arange(36.0).view(1, 1, 6, 6).expand(2, -1, -1, -1)
+    canvas = torch.arange(36.0).view(1, 1, 6, 6).expand(2, 3, -1, -1)
     rng = np.random.default_rng(5)
     windows = random_windows(canvas, rng, 3, 4)
     rng = np.random.default_rng(5)
@@ -183,3 +183,4 @@ def test_windows_wrap_around():
     for i in range(8):
         rolled = canvas[i % 2].roll((-int(top[i]), -int(left[i])), (1, 2))
         assert torch.equal(windows[i], rolled[:, :3, :3])
+    assert windows.is_contiguous()  # as the written-out steps expect minibatches

@@ -49,6 +49,7 @@ def test_class_sweep_equals_the_published_loop(metric, bias, fc, stages):
     expected = images.clone()
     losses = idc_sweeps(plain, expected, earlier, batches, lr, momentum, 2, dsa.apply, normalise, metric, bias, fc)
 
+    config = GradientMatchConfig(lr, dsa, metric=metric, bias=bias, fc=fc)
     found, momentum_buffer, sums = images.clone(), torch.zeros_like(images), []
     for sweep_batches in batches:
 
@@ -60,9 +61,7 @@ def test_class_sweep_equals_the_published_loop(metric, bias, fc, stages):
                 if earlier is not None:
                     block = torch.cat([earlier[label], learned[:, None]], dim=1).flatten(0, 1)
                 both = dsa.apply(normalise(torch.cat([real, decode_class(block, 2, "single")])), draw)
-                loss = matching_loss(
-                    network, both[: len(real)].detach(), both[len(real) :], label, "grad", metric, bias, fc
-                )
+                loss = matching_loss(network, both[: len(real)].detach(), both[len(real) :], label, config)
                 gradients.append(torch.autograd.grad(loss, learned)[0])
                 values.append(loss.detach())
             return torch.stack(values), torch.stack(gradients)
@@ -107,7 +106,7 @@ def test_which_gradients_count():
 def test_features_are_means_over_the_batch(net_type, depth):
     network = networks.idc_network(net_type, 3, 10, 16, depth=depth, width=0.125).double()
     real, synthetic = torch.randn(5, 3, 16, 16).double(), torch.randn(3, 3, 16, 16).double().requires_grad_()
-    found = matching_loss(network, real, synthetic, 0, "feat", "mse", f_idx=(4, 4))
+    found = matching_loss(network, real, synthetic, 0, GradientMatchConfig(0.1, None, match="feat", metric="mse"))
     maps = [network.blocks(x)[-1].mean(0) for x in (real, synthetic)]
     assert float(found.detach()) == pytest.approx(float(((maps[0] - maps[1]) ** 2).sum().detach()))
     assert torch.autograd.grad(found, synthetic)[0].abs().sum() > 0
@@ -127,8 +126,9 @@ def test_features_of_a_range_of_blocks_are_summed(f_idx, blocks):  # SPEC 8.13
         return maps
 
     pairs = list(zip(features(real), features(synthetic), strict=True))
+    config = GradientMatchConfig(0.1, None, match="feat", metric="mse", f_idx=feature_range(f_idx))
     expected = sum(float(((pairs[block][0] - pairs[block][1]) ** 2).sum()) for block in blocks)
-    found = matching_loss(network, real, synthetic, 0, "feat", "mse", f_idx=feature_range(f_idx))
+    found = matching_loss(network, real, synthetic, 0, config)
     assert float(found) == pytest.approx(expected)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from utils import idc_student, training
 from utils.data import datasets
 from utils.data.datasets import ImageDataset
 from utils.idc_student import Student, StudentConfig
+from utils.run.streams import EndlessShuffle
 
 EARLIER = training.TrainConfig(2, 0.05, 0.9, 5e-4, 16)
 EARLY = training.TrainConfig(2, 0.02, 0.9, 5e-4, 64)
@@ -87,6 +89,18 @@ def test_an_update_takes_one_minibatch_more_than_fit(n_data, count, make, monkey
     assert sizes == [64] * count and len(steps) == count
 
 
+def test_fewer_images_than_a_minibatch_has(make, real, monkeypatch):
+    """An update has as many steps then, too, each on all of them."""
+    sizes, epoch = [], training.train_epoch
+    monkeypatch.setattr(training, "train_epoch", lambda *a: sizes.append((a[3].batch_size, len(a[5]))) or epoch(*a))
+    student = make([])
+    student.real = ImageDataset(*real.train.batch(slice(0, 30)))
+    student.shuffle = EndlessShuffle(np.arange(30), 7, "real", 2)
+    student.begin(0)
+    student.train_on_real(0, 0)
+    assert sizes == [(30, 8 * 30)]
+
+
 @pytest.mark.parametrize("taught,fix_iter,expected", [(True, 1, [0, 1, 0, 1]), (True, 2, [0, 0, 1, 1]),
                                                      (False, 1, [0, 1, 2, 3]), (False, 2, [0, 0, 2, 2])])  # fmt: skip
 def test_a_pool_is_of_networks_that_earlier_unions_have_taught(taught, fix_iter, expected, make, real):
@@ -119,11 +133,7 @@ def test_updates_go_through_all_images_before_any_comes_again(make, monkeypatch)
     """1437 images are 22 minibatches of 64 in a permutation; an update of two epochs takes 2 x 4 of them."""
     taken = []
 
-    def note(*_, index, shuffle, **__):
-        assert not shuffle
-        taken.append(index)
-
-    monkeypatch.setattr(idc_student.training, "train_epoch", note)
+    monkeypatch.setattr(idc_student.training, "train_epoch", lambda *given: taken.append(given[-1]))
     student = make([], n_data=200, epochs=2)
     for outer in range(2):
         student.begin(outer)

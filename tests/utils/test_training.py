@@ -149,18 +149,25 @@ def test_bfloat16_trains_to_nearly_the_same(model):
     assert half[0] == again[0] and all(torch.equal(p, q) for p, q in zip(half[1], again[1], strict=True))
 
 
-def test_masked_weights_are_zero_from_the_start_and_stay_zero():
+def test_larger_images_are_tested_fewer_at_a_time():
+    assert [training.testing_batch(size) for size in (8, 32, 64, 128, 256, 4096)] == [1024, 1024, 1024, 256, 64, 1]
+
+
+def test_pruned_weights_are_zero_from_the_start_and_stay_zero():
     dataset, (network, *_), config = setting(1)
-    masks = training.random_masks(network, 0.7, np.random.default_rng(0))
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    training.prune(network, 0.7, np.random.default_rng(0))
     convolutions = [m.weight for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert [id(weight) for weight in masks] == [id(weight) for weight in convolutions]
-    assert all(int((mask == 0).sum()) == round(0.7 * mask.numel()) for mask in masks.values())
-    training.apply_masks(masks)
-    training.train(network, dataset, config, 0, ("x",), masks=masks)
-    assert all((weight[mask == 0] == 0).all() and (weight[mask == 1] != 0).all() for weight, mask in masks.items())
+    kept = [weight != 0 for weight in convolutions]
+    assert len(kept) == len(convolutions) and all(int((~mask).sum()) == round(0.7 * mask.numel()) for mask in kept)
+    for parameter, old in zip(network.parameters(), before, strict=True):
+        mask = parameter != 0 if parameter.dim() == 4 else torch.ones_like(old, dtype=torch.bool)
+        assert torch.equal(parameter[mask], old[mask])
+    training.train(network, dataset, config, 0, ("x",))
+    assert all(torch.equal(weight != 0, mask) for weight, mask in zip(convolutions, kept, strict=True))
 
 
-def test_accuracy_counts_every_image_once():
+def test_accuracy_counts_every_image_once(monkeypatch):
     class Constant(torch.nn.Module):
         def forward(self, x):
             return torch.nn.functional.one_hot((x[:, 0, 0, 0] > 0).long(), 2).double()
@@ -168,7 +175,8 @@ def test_accuracy_counts_every_image_once():
     images = torch.arange(-3.0, 8.0).view(11, 1, 1, 1)  # 4 of them are not above 0
     labels = torch.ones(11, dtype=torch.int64)
     for size in (1, 4, 11, 100):
-        assert training.accuracy(Constant(), ImageDataset(images, labels), size) == pytest.approx(100 * 7 / 11)
+        monkeypatch.setattr(training, "testing_batch", lambda im_size, size=size: size)
+        assert training.accuracy(Constant(), ImageDataset(images, labels)) == pytest.approx(100 * 7 / 11)
 
 
 def test_cutmix_shares_the_labels():

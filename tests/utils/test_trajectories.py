@@ -40,7 +40,8 @@ def record(digits, folder=None, model="ConvNetBN", stop_after=None, pruned=False
     """Record one expert; returns (trajectory, epochs trained)."""
     images = ImageDataset(*digits.train.batch(slice(0, 40)))
     network = training.new_network(model, digits, 0, "expert")
-    masks = training.random_masks(network, 0.5, np.random.default_rng(0)) if pruned else None
+    if pruned:
+        training.prune(network, 0.5, np.random.default_rng(0))
     trained = []
 
     def after_epoch(epoch, _loss):
@@ -48,7 +49,7 @@ def record(digits, folder=None, model="ConvNetBN", stop_after=None, pruned=False
         if epoch == stop_after:
             raise Killed
 
-    trajectory = record_trajectory(network, images, CONFIG, 0, ("expert", 0), masks, folder, after_epoch)
+    trajectory = record_trajectory(network, images, CONFIG, 0, ("expert", 0), folder, after_epoch)
     return trajectory, trained
 
 

@@ -265,7 +265,13 @@ def held_out_fraction(args):
 
 
 def held_out(args, real):
-    """Return `real` with the images held out that --select_on asks for."""
+    """Return `real` with the images held out that --select_on asks for.
+
+    Raises:
+        UserError: it asks for none of them.
+    """
+    if args.select_on == "val" and not args.val_fraction:
+        raise UserError("--select_on val: expected --val_fraction above 0, found 0; leave it out for a tenth")
     return real.held_out(held_out_fraction(args))
 
 

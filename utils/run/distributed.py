@@ -10,6 +10,7 @@ file system that all machines share.
 
 import contextlib
 import datetime
+import functools
 import math
 import os
 
@@ -197,6 +198,10 @@ def form_teams(students, divisible=True):
     mine, position = divmod(rank(), members)
     if teams == 1:
         return Team(position, members), range(students)
-    # Every rank must take part in making every group.
-    groups = [dist.new_group(list(range(t * members, (t + 1) * members)), timeout=TIMEOUT) for t in range(teams)]
-    return Team(position, members, groups[mine]), range(mine, students, teams)
+    return Team(position, members, _groups(teams, members)[mine]), range(mine, students, teams)
+
+
+@functools.cache  # stages share them
+def _groups(teams, members):
+    """Return the groups of `teams` teams; every rank must take part in making each."""
+    return [dist.new_group(list(range(t * members, (t + 1) * members)), timeout=TIMEOUT) for t in range(teams)]

@@ -37,5 +37,17 @@ def test_second_derivatives_equal_the_composed_ones():
         assert float((found - expected).detach().abs().max() / expected.detach().abs().max()) < 1e-12
 
 
+def test_more_planes_than_a_gpu_takes_at_once(monkeypatch):
+    x, weight, bias = (tensor.detach() for tensor in inputs(5, 3, 4))
+    _, state = fused.forward(x, weight, bias)
+    v = torch.sin(torch.arange(float(x.numel()), dtype=torch.float64)).view_as(x)
+    expected, calls, project = fused.project(v, x, state), [], fused.project
+    monkeypatch.setattr(fused, "MOST_PLANES", {"cpu": 8})
+    monkeypatch.setattr(fused, "project", lambda v, x, state: calls.append(len(v)) or project(v, x, state))
+    for found, truth in zip(fused.project(v, x, state), expected, strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+    assert calls == [5, 2, 2, 1]
+
+
 def test_odd_planes_are_left_to_the_plain_layers():
     assert not fused.applies(torch.zeros(1, 1, 7, 8)) and fused.applies(torch.zeros(1, 1, 6, 8))
