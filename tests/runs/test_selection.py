@@ -126,7 +126,7 @@ def test_experts_that_saw_none_of_them(tmp_path, seen, run):
 def test_no_held_out_images_are_refused(script, tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     data = "Digits" if script == "distill_mtt.py" else "digits"
-    status, message = run(script, "--dataset", data, "--select_on", "val", "--val_fraction", 0)
+    status, message = run(script, "--dataset", data, "--ipc", 1, "--select_on", "val", "--val_fraction", 0)
     assert status == 2 and "--select_on val: expected --val_fraction above 0, found 0" in message
 
 
