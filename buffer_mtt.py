@@ -87,11 +87,12 @@ def main():
     real = mtt.load_data(args, device).held_out(args.val_fraction)
     options.check_network(args.model, real, smallest=options.smallest_batch([real.train], args.batch_train))
     size = sizes.experts(vars(args), real.info, len(real.train))
+    recorded = distributed.on_rank0(lambda: count_recorded(args, folder, real.info))
     if args.dry_run:
         print0(options.dry_run(args, {"data": args.data_path}, folder, size))
         return
     options.warn_of_few_images(real, args.batch_train)
-    if recorded := distributed.on_rank0(lambda: made_elsewhere(folder, args.num_experts)):
+    if recorded:  # nothing to write, so the folder need not allow it
         print0(f"{folder}: done, {recorded} experts are there already")
         return
     with locked(folder, args.shard):
@@ -125,21 +126,37 @@ def locked(folder, shard):
         yield
 
 
-def made_elsewhere(folder, wanted):
-    """Return how many experts `folder` holds that other code recorded; 0 if this script did.
+def count_recorded(args, folder, info):
+    """Return how many experts `folder` holds, if they are all that are wanted; else 0.
 
     Raises:
-        UserError: fewer than `wanted`.
+        UserError: they belong to another run; or other code recorded fewer than are wanted.
     """
-    if not buffer_files(folder) or (folder / BUFFER_CONFIG).exists():
-        return 0
+    if (folder / BUFFER_CONFIG).exists():
+        _, writer = claim(args, folder, info)
+        finished = not writer.missing() and not (folder / PARTIAL).exists()
+        return args.num_experts if finished else 0
     found = sum(len(load_buffer(path)) for path in buffer_files(folder))
-    if found < wanted:
+    if 0 < found < args.num_experts:
         raise UserError(
             f"{folder}: holds {found} experts made elsewhere, which cannot be continued; lower --num_experts "
             f"to {found} or choose another --buffer_path"
         )
     return found
+
+
+def claim(args, folder, info):
+    """Tie the folder to this run's options and data; returns (contents of its config file, its `BufferWriter`).
+
+    Raises:
+        UserError: it belongs to another run.
+    """
+    config = {name: value for name, value in vars(args).items() if name != "shard"}
+    free, defaults = (*RESUMABLE_CHANGES, "num_experts"), {"val_fraction": 0.0, "precision": "fp32"}
+    more = {"fingerprint": info.fingerprint, "behaviour": options.BEHAVIOUR}
+    begun = files.check_config(folder, config, free, BUFFER_CONFIG, defaults, **more)
+    check_data(folder / BUFFER_CONFIG, begun.get("fingerprint"), info)
+    return begun, BufferWriter(folder, args.num_experts, args.save_interval)
 
 
 def find_missing(args, folder, info, size):
@@ -148,12 +165,7 @@ def find_missing(args, folder, info, size):
     Raises:
         UserError: the folder belongs to another run, or the disk is too small.
     """
-    config = {name: value for name, value in vars(args).items() if name != "shard"}
-    free, defaults = (*RESUMABLE_CHANGES, "num_experts"), {"val_fraction": 0.0, "precision": "fp32"}
-    more = {"fingerprint": info.fingerprint, "behaviour": options.BEHAVIOUR}
-    begun = files.check_config(folder, config, free, BUFFER_CONFIG, defaults, **more)
-    check_data(folder / BUFFER_CONFIG, begun.get("fingerprint"), info)
-    writer = BufferWriter(folder, args.num_experts, args.save_interval)
+    begun, writer = claim(args, folder, info)
     if not args.shard:
         writer.merge()
     missing = writer.missing()

@@ -75,6 +75,7 @@ def main():
     run = Run(args, real)
     size = run.check_inputs()
     if args.dry_run:
+        distributed.on_rank0(run.check_config)
         inputs = {"data": args.data_path, "experts": run.buffers(args.start_interval)}
         print0(options.dry_run(args, inputs, run.experiment, size))
         return
@@ -141,10 +142,9 @@ def learn_subset(stage, run):
                 accuracies = evaluate(stage, it, shown, experts, matcher.loaded_experts(it), run)
                 mean, std = keep_if_best(stage, it, shown, accuracies, best, run)
                 log.write(stage=stage, iteration=it, accuracy_mean=mean, accuracy_std=std)
-                progress.say(
-                    f"stage {stage}, iteration {it}: {names.MEASURED_ON[args.select_on]} accuracy {mean:.2f} ± "
-                    f"{std:.2f} %, syn_lr {float(synthetic.syn_lr):.5f}"
-                )
+                measured, count = names.MEASURED_ON[args.select_on], sum(map(len, accuracies.values()))
+                found = f"{measured} accuracy {report.accuracy_text(mean, std, count)} %"
+                progress.say(f"stage {stage}, iteration {it}: {found}, syn_lr {float(synthetic.syn_lr):.5f}")
             if it == args.Iteration:
                 break
             loss = matcher.backward(it)
@@ -288,7 +288,8 @@ class Run:
         content = files.check_config(self.experiment, vars(self.args), free, **begun)
         last = names.read_mtt_stage(self.folder(self.args.num_intervals))
         options.refuse_other_behaviour(self.experiment, content, last.get("complete"))
-        known.save_info(self.experiment, self.real.info)
+        if not self.args.dry_run:
+            known.save_info(self.experiment, self.real.info)
 
     def folder(self, stage):
         return names.mtt_stage(self.experiment, stage, self.args.num_intervals, self.args.max_start_epoch)

@@ -123,7 +123,10 @@ def read_idc(args, real, device):
     folder = result_folder(args)
     names.check_stages(folder, names.idc_stages(folder), args.num_intervals)
     check_result(folder, real.info)
-    known.refuse_other_making(folder, method=args.method, factor=args.factor, decode_type=args.decode_type)
+    made = ["method", "factor", "decode_type"]
+    if "self" in args.eval_models:
+        made += ["model"] if args.method == "dm" else ["net_type", "depth", "width", "norm_type"]
+    known.refuse_other_making(folder, **{name: getattr(args, name) for name in made})
     learned = range(args.num_intervals if args.last_only else 1, args.num_intervals + 1)
     ipc = args.ipc if args.ipc > 0 else None
     unions = [load_idc(folder, stage, real.info, ipc, device) for stage in learned]

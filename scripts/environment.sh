@@ -6,6 +6,8 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 if [ -z "${VIRTUAL_ENV:-}" ]; then
     if [ ! -x .venv/bin/python ]; then
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+            { echo "error: expected python3 to be Python 3.11 or newer, found $(python3 -V 2>&1)" >&2; exit 2; }
         python3 -m venv .venv || { echo "error: python3 -m venv failed; install python3 with venv" >&2; exit 2; }
     fi
     . .venv/bin/activate

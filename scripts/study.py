@@ -80,6 +80,7 @@ def main():
         print(*(reproduce.command(step) for step, *_ in commands.values()), sep="\n")
         return
     out = Path(args.out) / args.scale
+    refuse_to_replace(out / f"{args.name}.json", runs, extra)
     signals.listen()
     with files.locked(out, alone=False):
         run_all(commands, args.jobs, out / "log.txt")
@@ -88,13 +89,28 @@ def main():
                 hours.copy(folder_of(steps[0]), folder_of(steps[-1]))
         folders = {label: [folder_of(steps[-1]) for steps in many] for label, many in runs.items()}
         rows = [seeds.summary(label, of_seeds) for label, of_seeds in folders.items()]
-        files.write_json(out / f"{args.name}.json", {"rows": rows})
+        files.write_json(out / f"{args.name}.json", {"options": extra, "rows": rows})
         text, first = seeds.table(rows), page.render([compare.read(of_seeds[0]) for of_seeds in folders.values()])
         for name, content in ((f"{args.name}.md", text + "\n"), (f"{args.name}.html", first)):
             with files.atomic(out / name, "w") as file:
                 file.write(content)
         seeds.draw(rows, out / f"{args.name}.png")
     print0(f"{text}\n\nwritten: {out / args.name}.md, .json, .png (accuracy against hours), .html (the first seed)")
+
+
+def refuse_to_replace(path, labels, extra):
+    """Refuse to write a table in place of one with other settings than `labels`, or of runs with other options.
+
+    Raises:
+        UserError: `path` holds such a table.
+    """
+    if not path.exists():
+        return
+    before = files.read_json(path, "the table of a study", {"rows": list})
+    if before.get("options", extra) != extra or {row.get("setting") for row in before["rows"]} - labels.keys():
+        raise errors.UserError(
+            f"{path}: expected the table of these settings and options, found that of others; give another --out"
+        )
 
 
 def shapes_of(args):

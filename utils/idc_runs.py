@@ -61,6 +61,8 @@ class Run:
         begun = {"defaults": options.CONFIG_DEFAULTS, "behaviour": options.BEHAVIOUR}
         content = files.check_config(folder, vars(args), options.RESUMABLE_CHANGES, **begun)
         options.refuse_other_behaviour(folder, content, names.read_idc_stage(folder, args.num_intervals))
+        if args.dry_run:
+            return
         known.save_info(folder, self.real.info)
         if not (folder / "args.txt").exists():
             with files.atomic(folder / "args.txt", "w") as file:
@@ -180,6 +182,7 @@ def learn_stages(run, learn_subset, inputs, size):
     """
     args = run.args
     if args.dry_run:
+        distributed.on_rank0(run.claim)
         print0(options.dry_run(args, inputs, run.folder, size))
         return
     files.need_disk(run.folder, size.disk, "the results")
@@ -224,7 +227,8 @@ def record(run, stage, done, loss, synthetic, log, evaluates, last):
         mean, std = report.mean_std(accuracies)
         log.write(stage=stage - 1, iteration=done, accuracy_mean=mean, accuracy_std=std)
         distributed.on_rank0(run.write_log)
-        log0(f"stage {stage}, {run.unit} {done}: {run.measured} accuracy {mean:.2f} ± {std:.2f} %")
+        found = report.accuracy_text(mean, std, args.repeat)
+        log0(f"stage {stage}, {run.unit} {done}: {run.measured} accuracy {found} %")
 
 
 def evaluate(run, stage, done, synthetic):

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+import buffer_mtt
 import networks
 from tests.conftest import EXPERTS, call, files_of
 from utils import training
@@ -124,6 +125,15 @@ def test_more_experts_continue_the_same_set(buffers, tmp_path, record):
     found, expected = files_of(tmp_path), files_of(buffers)
     for n in range(2):
         assert found[f"Digits/ConvNetW32/replay_buffer_{n}.pt"] == expected[f"Digits/ConvNetW32/replay_buffer_{n}.pt"]
+
+
+def test_finished_experts_need_no_writing(buffers, tmp_path, record, monkeypatch):
+    monkeypatch.setattr(buffer_mtt, "locked", None)  # as in a folder that may only be read
+    before = files_of(buffers)
+    assert record(*RECORD, "--buffer_path", buffers, "--num_experts", 3)[0] == 0
+    status, message = record(*RECORD, "--buffer_path", buffers, "--num_experts", 3, "--mom", 0.5, "--dry_run")
+    assert status == 2 and "mom 0.0 there, 0.5 now" in message
+    assert files_of(buffers) == before
 
 
 def test_published_buffers_count_as_they_are(buffers, tmp_path, record):

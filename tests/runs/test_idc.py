@@ -168,6 +168,27 @@ def test_a_stage_that_stops_after_its_first_images_is_not_finished(run, tmp_path
     assert (folder / "interval_0_data.pt").exists() and not idc_learned(folder, 1)
 
 
+@pytest.mark.parametrize("words", [["--width", 0.5], ["--depth", 3], ["--norm_type", "batch"]])
+def test_another_network_is_not_the_distillations_own(words, distilled, run):
+    words = [*words, "--override-load-dir", distilled, "--dry_run"]
+    status, message = run(E, *SHORT, *words)
+    assert status == 2 and f"{distilled}: made with {words[0]}" in message
+    assert run(E, *SHORT, *words, "--eval_models", "resnet10")[0] == 0  # which the option does not change
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(distilled, run):
+    before = files_of(distilled)
+    status, message = run(D, *SHORT, "--results", distilled.parent.parent, "--seed", 3, "--dry_run")
+    assert status == 2 and "holds a run with other options (seed" in message
+    assert files_of(distilled) == before
+
+
+def test_a_result_that_is_not_there_is_not_to_be_finished(run, tmp_path):
+    for folder in (tmp_path / "none", tmp_path):
+        status, message = run(E, *SHORT, "--override-load-dir", folder)
+        assert status == 2 and "found no stage; give the options it was made with, or its folder with" in message
+
+
 def test_another_ipc_than_the_results_is_refused(distilled, run):
     status, message = run(E, *SHORT, "--ipc", 3, "--override-load-dir", distilled)
     assert status == 2 and "expected 3 images of each class, found 2; check --ipc" in message

@@ -140,6 +140,25 @@ def test_class_folders_alone_are_no_export(tmp_path):
     assert (tmp_path / "000_cat").is_dir()
 
 
+def test_what_an_export_did_not_write_is_never_replaced(distilled, exported, tmp_path):
+    beside = tmp_path / "export"
+    beside.mkdir()
+    exported(distilled, "png").rename(beside / "png")
+    (tmp_path / "figures" / "png").mkdir(parents=True)
+    (tmp_path / "distilled.json").touch()
+    for place, found in ((beside, "found png"), (tmp_path / "figures", "found png"),
+                         (tmp_path / "distilled.json", "expected a folder, found a file")):  # fmt: skip
+        with pytest.raises(UserError, match=found), formats.replaced(place):
+            pass
+    assert (beside / "png" / formats.ABOUT).exists() and (tmp_path / "figures" / "png").is_dir()
+
+
+@pytest.mark.parametrize("stage", [0, "1", 9])
+def test_a_stage_that_an_export_does_not_have(stage, distilled, exported):
+    with pytest.raises(UserError, match="expected the stage 3 that was exported"):
+        load_distilled(exported(distilled, "pt"), stage)
+
+
 def test_folders_of_classes_are_in_the_order_of_the_labels():
     names = [formats.class_folder(label, f"a/b {20 - label}") for label in range(12)]
     assert sorted(names) == names and not any("/" in name for name in names)

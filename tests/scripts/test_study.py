@@ -153,6 +153,16 @@ def test_the_table_of_every_method(method, tmp_path, monkeypatch, capsys):
     assert "4 results" in (tmp_path / "full" / "stages.html").read_text()
 
 
+def test_a_table_of_other_settings_is_kept(tmp_path):
+    path = tmp_path / "stages.json"
+    path.write_text(json.dumps({"options": {"zca": []}, "rows": [{"setting": "a"}, {"setting": "b"}]}))
+    study.refuse_to_replace(path, dict.fromkeys("abc"), {"zca": []})
+    study.refuse_to_replace(tmp_path / "none.json", {}, {})
+    for labels, extra in (("ac", {"zca": []}), ("ab", {})):
+        with pytest.raises(errors.UserError, match="found that of others; give another --out"):
+            study.refuse_to_replace(path, dict.fromkeys(labels), extra)
+
+
 def test_a_step_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
     words = ["base-methods", "--methods", "idc", "--scale", "small", "--data_path", "/nowhere", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["study.py", *words])

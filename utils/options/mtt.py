@@ -166,7 +166,7 @@ _SUCCESSORS = [
     ("--syn_lr_form", ("plain", "exp"), "plain", "learn syn_lr itself, or its logarithm, with which it stays positive; "
      "then --lr_lr is the rate of the logarithm"),
     ("--clip_grad", POSITIVE, None, "longest gradient of the images, of soft labels, and of what --syn_lr_form learns; "
-     "longer ones are scaled down (default: none is)"),
+     "longer ones are scaled down (default: no limit)"),
     ("--ema", number(float, low=0.0, high=0.9999), 0.0, "keep and evaluate the running mean of the images with this "
      "decay (FTD: 0.999)"),
 ]  # fmt: skip

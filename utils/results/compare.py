@@ -79,11 +79,14 @@ def find(paths):
     """
     found = []
     for path in map(Path, paths):
+        path = path.parent if path.name == REPORT else path
+        if not path.is_dir():
+            raise UserError(f"{path}: expected a folder of results, found {'a file' if path.exists() else 'none'}")
         reports = [path / REPORT] if (path / REPORT).exists() else sorted(path.rglob(REPORT))
         if not reports and len(paths) > 1:
             log0(f"note: {path}: left out, it holds no report; evaluate the result first")
         found += [report.parent for report in reports]
-    return [read(folder) for folder in dict.fromkeys(found or paths)]
+    return [read(folder) for folder in dict.fromkeys(found or map(Path, paths))]
 
 
 def read(folder):
@@ -99,11 +102,10 @@ def read(folder):
     result = EvaluatedResult(folder, files.read_json(path, WHAT), {})
     try:
         rows([result])
+        logs = [_log_path(result, stage) for stage in range(1, result.report["config"]["num_intervals"] + 1)]
     except (KeyError, TypeError, AttributeError, IndexError):
         raise UserError(f"{path}: expected {WHAT}, found something else; evaluate the result again") from None
-    for stage in range(1, result.report["config"]["num_intervals"] + 1):
-        if (log := _log_path(result, stage)).exists():
-            result.logs[stage] = read_rows(log)
+    result.logs.update({stage: read_rows(log) for stage, log in enumerate(logs, 1) if log.exists()})
     return result
 
 

@@ -41,9 +41,11 @@ def replaced(folder):
         UserError: `folder` holds other files.
     """
     folder = Path(folder).resolve()
-    names = sorted(os.listdir(folder)) if folder.is_dir() else [folder.name] if folder.exists() else []
-    classes = {name for name in names if ABOUT in names and CLASS_FOLDER.fullmatch(name)}
-    if others := [name for name in names if name not in OWN | classes]:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: expected a folder, found a file; choose another")
+    names = sorted(os.listdir(folder)) if folder.exists() else []
+    own = {name for name in names if ABOUT in names and (name in OWN or CLASS_FOLDER.fullmatch(name))}
+    if others := [name for name in names if name not in own]:
         raise UserError(f"{folder}: expected an empty folder or an earlier export, found {others[0]}; choose another")
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -124,8 +124,8 @@ def _config(home):
     """Return (options, versions) of config.json."""
     if not (home / files.CONFIG).exists():
         return {}, {}
-    config = files.read_json(home / files.CONFIG, "the options of a run")
-    return config.get("options") or {}, config.get("versions") or {}
+    config = files.read_json(home / files.CONFIG, "the options of a run", {"options": dict})
+    return config["options"], config.get("versions") or {}
 
 
 def refuse_other_making(folder, **given):

@@ -76,8 +76,8 @@ def load_distilled(folder, stage=None, dataset=None, data_path=None, zca=None, f
     """Load what a distillation learned, to train networks on it.
 
     Args:
-        folder: of an experiment or of one stage of PDD+MTT, of a result of PDD+IDC (its images are decoded), or of an
-            export of either (or its file).
+        folder: of an experiment or of one stage of PDD+MTT, of a result of PDD+IDC or PDD+DM (its images are decoded),
+            or of an export of one (or its file).
         stage: load the union of this stage (from 1); None for the last.
         dataset, zca, factor, decode_type: as the distillation had them; needed only for published files whose folders
             do not say them.
@@ -147,8 +147,8 @@ def _about(distillation):
 def _load_export(path, stage):
     tensors, info, about = formats.read(path)
     last = int(tensors["stage"].max())
-    stage = stage or last
-    if not 1 <= stage <= last or (stage < last and about.get("decode_type") == "bound"):
+    stage = last if stage is None else stage
+    if stage not in range(1, last + 1) or (stage < last and about.get("decode_type") == "bound"):
         raise UserError(f"{path}: expected the stage {last} that was exported, asked for {stage}")
     kept = tensors["stage"] <= stage
     pixels, labels, stages = (tensors[name][kept] for name in ("pixels", "labels", "stage"))

@@ -217,7 +217,7 @@ def check_config(folder, config, free=(), name=CONFIG, defaults=None, **extra):
 
     Args:
         folder: a result folder.
-        config: dict of all options.
+        config: dict of all options; with `dry_run` nothing is written.
         free: names of options that may change between a run and its continuation.
         name: the config file.
         defaults: {option: value} of options that older folders do not name.
@@ -233,7 +233,8 @@ def check_config(folder, config, free=(), name=CONFIG, defaults=None, **extra):
     config = json.loads(json.dumps(config))
     if not path.exists():
         content = {"options": config, "versions": versions(), **extra}
-        write_json(path, content)
+        if not config.get("dry_run"):
+            write_json(path, content)
         return content
     content = read_json(path, "the options of the run in this folder", {"options": dict})
     if found := differing((defaults or {}) | content["options"], config, free):

@@ -112,10 +112,14 @@ class Log:
             read_rows(self.path, self.rows)
 
     def begin(self):
-        """Make the file: a stage with images and no log is taken for a published one, which is finished."""
+        """Open the log: a stage with images and no log is taken for a published one, which is finished.
+
+        Raises:
+            UserError: Weights & Biases cannot be reached.
+        """
         if distributed.is_rank0():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
+            self._open()
 
     def _open(self):
         kept = read_rows(self.path, self.rows) if self.rows else []

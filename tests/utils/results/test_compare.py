@@ -218,6 +218,22 @@ def test_a_folder_without_a_report_is_one_line(content, words, folders, tmp_path
     assert files_of(tmp_path) == before
 
 
+def test_a_report_names_its_folder_and_what_is_missing_is_not_left_out(folders, tmp_path):
+    assert compare.find([folders[0] / "report.json"])[0].folder == compare.find([folders[0]])[0].folder
+    with pytest.raises(errors.UserError, match="nowhere: expected a folder of results, found none"):
+        compare.find([folders[0], tmp_path / "nowhere"])
+
+
+@pytest.mark.parametrize("damage", [{}, {"override_interval_names": "one"}])
+def test_a_report_that_does_not_say_where_its_stages_lie_is_one_line(damage, folders, tmp_path):
+    shutil.copytree(folders[0], tmp_path / "copy")
+    report = json.loads((tmp_path / "copy" / "report.json").read_text())
+    report["config"].pop("override_interval_names")
+    (tmp_path / "copy" / "report.json").write_text(json.dumps(report | {"config": report["config"] | damage}))
+    with pytest.raises(errors.UserError, match="found something else; evaluate the result again"):
+        compare.find([tmp_path / "copy"])
+
+
 def test_damaged_files_beside_the_report_are_one_line(folders, tmp_path, command):
     shutil.copytree(folders[2], tmp_path / "copy")
     (tmp_path / "copy" / "interval_0_metrics.jsonl").write_text('{"stage": 0, "ite')

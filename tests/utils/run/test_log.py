@@ -140,6 +140,18 @@ def test_weights_and_biases_goes_on_with_the_same_run(path, monkeypatch):
     assert calls[0]["config"] == {"lr": 1} and rows == [{"loss": 1.0}, {"loss": 2.0}, "finished"]
 
 
+def test_weights_and_biases_is_asked_before_any_work(path, monkeypatch):
+    class Error(Exception):
+        pass
+
+    def init(**_):
+        raise Error("No API key configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=Error))
+    with pytest.raises(UserError, match="--wandb online: No API key configured; log in, or use --wandb offline"):
+        Log(path, "online").begin()
+
+
 def test_without_it_nothing_is_imported(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would fail
     Log(path).write(loss=1.0)

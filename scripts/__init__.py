@@ -1,0 +1,1 @@
+"""The commands that a person runs, beside those at the top level."""
