@@ -40,7 +40,7 @@ MEGABYTE = 10**6
 def parse():
     parser = Parser(__doc__)
     parser.add_argument("what", choices=tuple(FOLDERS), help="which of the published folders")
-    parser.add_argument("--out", help="folder to write (default: the scripts' default folder)")
+    parser.add_argument("--out", help="folder to write (default: buffers, logged_files or results)")
     parser.add_argument("--dataset", help="only the files of this data set, such as CIFAR10 or cifar10")
     return parser.parse_args()
 

@@ -5,9 +5,9 @@
     # a PNG for each image in class folders, and a contact sheet
     python scripts/export.py results/cifar10/conv3in_progressive_…_ipc2 --format png --out images
 
-Reads an experiment of PDD+MTT (or one of its stages) or a result of PDD+IDC, the authors' published ones too; what
-their files and names do not say must be given. In Python, pdd.results.load.load_distilled reads a result and its
-export alike. Formats: pt (torch.load), npz (numpy.load), safetensors, png (8 bits, clipped to [0, 1]).
+Reads an experiment of PDD+MTT (or one of its stages) or a result of PDD+IDC or PDD+DM, the authors' published ones
+too; what their files and names do not say must be given. In Python, pdd.results.load.load_distilled reads a result and
+its export alike. Formats: pt (torch.load), npz (numpy.load), safetensors, png (8 bits, clipped to [0, 1]).
 """
 
 import sys

@@ -190,7 +190,7 @@ def tables(start_interval):
             ),
             ("--repeat", COUNT, 1, "networks of an evaluation"),
             ("--save_ckpt", truth, False, "save the networks of the evaluation"),
-            ("-p --print-freq", COUNT, 10, "outer iterations between two rows of the log"),
+            ("-p --print-freq", COUNT, 10, "outer iterations (PDD+DM: iterations) between two rows of the log"),
             # Published: each of several commands learned nclass_sub classes, with networks that knew no others.
             ("--phase", FROM_MINUS_ONE, -1, f"{UNUSED}: torchrun spreads the classes of one command over processes"),
             ("--nclass_sub", FROM_MINUS_ONE, -1, f"{UNUSED}: torchrun spreads the classes of one command"),
