@@ -24,6 +24,7 @@ from utils.results.other_methods import LOADERS
 from utils.results.provenance import check_result
 from utils.run import files
 from utils.run.device import setup_device
+from utils.run.errors import UserError
 from utils.run.log import print0
 from utils.run.main import run_script
 from utils.synthetic import SyntheticSet, idc_path, load_idc
@@ -123,10 +124,13 @@ def read_idc(args, real, device):
     folder = result_folder(args)
     names.check_stages(folder, names.idc_stages(folder), args.num_intervals)
     check_result(folder, real.info)
-    made = ["method", "factor", "decode_type"]
-    if "self" in args.eval_models:
-        made += ["model"] if args.method == "dm" else ["net_type", "depth", "width", "norm_type"]
-    known.refuse_other_making(folder, **{name: getattr(args, name) for name in made})
+    known.refuse_other_making(folder, method=args.method, factor=args.factor, decode_type=args.decode_type)
+    if "self" in args.eval_models and args.slct_type != "random":
+        network = ["model"] if args.method == "dm" else ["net_type", "depth", "width", "norm_type"]
+        try:
+            known.refuse_other_making(folder, **{name: getattr(args, name) for name in network})
+        except UserError as error:
+            raise UserError(f"{error}, or name other networks with --eval_models") from None
     learned = range(args.num_intervals if args.last_only else 1, args.num_intervals + 1)
     ipc = args.ipc if args.ipc > 0 else None
     unions = [load_idc(folder, stage, real.info, ipc, device) for stage in learned]

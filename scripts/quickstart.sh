@@ -2,7 +2,7 @@
 # PDD+MTT from nothing to a table in a few minutes on a CPU: experts on the bundled digits, three stages of one image
 # per class, evaluation. Results go to quickstart/ (or the folder given). Run it again to continue or to see the table.
 set -euo pipefail
-[[ ${1:-} != -* ]] || { sed -n '2,${s/^# \{0,1\}//p}' "$0"; exit 2; }
+[[ ${1:-} != -* ]] || { sed -n '2,${s/^# \{0,1\}//p;}' "$0"; exit 2; }
 out=${1:-quickstart}
 [[ $# = 0 || $out = /* ]] || out=$PWD/$out # the next line leaves this folder
 . "$(dirname "$0")/environment.sh" requirements.txt

@@ -5,7 +5,7 @@
 #
 #     bash scripts/quickstart_cifar10.sh [FOLDER] [RESULTS]
 set -euo pipefail
-[[ ${1:-} != -* ]] || { sed -n '2,${s/^# \{0,1\}//p}' "$0"; exit 2; }
+[[ ${1:-} != -* ]] || { sed -n '2,${s/^# \{0,1\}//p;}' "$0"; exit 2; }
 data=${1:-data} out=${2:-quickstart_cifar10}
 [[ $# -lt 1 || $data = /* ]] || data=$PWD/$data # the next line but one leaves this folder
 [[ $# -lt 2 || $out = /* ]] || out=$PWD/$out

@@ -2,7 +2,7 @@
 # PDD+IDC from nothing to a table in a minute or two on a CPU: three stages of one image per class on the bundled
 # digits, then evaluation. Results go to quickstart_idc/ (or the folder given). Run it again to continue.
 set -euo pipefail
-[[ ${1:-} != -* ]] || { sed -n '2,${s/^# \{0,1\}//p}' "$0"; exit 2; }
+[[ ${1:-} != -* ]] || { sed -n '2,${s/^# \{0,1\}//p;}' "$0"; exit 2; }
 out=${1:-quickstart_idc}
 [[ $# = 0 || $out = /* ]] || out=$PWD/$out # the next line leaves this folder
 . "$(dirname "$0")/environment.sh" requirements.txt

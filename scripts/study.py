@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate_idc
 import evaluate_mtt
 from scripts import reproduce
-from utils.options import COUNT, Parser, config_of, mtt
+from utils.options import COUNT, RESUMABLE_CHANGES, Parser, config_of, mtt
 from utils.results import compare, hours, page, seeds
 from utils.run import errors, files, signals
 from utils.run.log import log0, print0
@@ -76,11 +76,11 @@ def main():
     everything = [steps for many in runs.values() for steps in many]
     reproduce.refuse_unknown(extra, [step for steps in everything for step in steps], args.name)
     commands = commands_of(everything)
+    out, kept = Path(args.out) / args.scale, settings_of(extra)
+    refuse_to_replace(out / f"{args.name}.json", runs, kept)
     if args.dry_run:
         print(*(reproduce.command(step) for step, *_ in commands.values()), sep="\n")
         return
-    out = Path(args.out) / args.scale
-    refuse_to_replace(out / f"{args.name}.json", runs, extra)
     signals.listen()
     with files.locked(out, alone=False):
         run_all(commands, args.jobs, out / "log.txt")
@@ -89,13 +89,19 @@ def main():
                 hours.copy(folder_of(steps[0]), folder_of(steps[-1]))
         folders = {label: [folder_of(steps[-1]) for steps in many] for label, many in runs.items()}
         rows = [seeds.summary(label, of_seeds) for label, of_seeds in folders.items()]
-        files.write_json(out / f"{args.name}.json", {"options": extra, "rows": rows})
+        files.write_json(out / f"{args.name}.json", {"options": kept, "rows": rows})
         text, first = seeds.table(rows), page.render([compare.read(of_seeds[0]) for of_seeds in folders.values()])
         for name, content in ((f"{args.name}.md", text + "\n"), (f"{args.name}.html", first)):
             with files.atomic(out / name, "w") as file:
                 file.write(content)
         seeds.draw(rows, out / f"{args.name}.png")
     print0(f"{text}\n\nwritten: {out / args.name}.md, .json, .png (accuracy against hours), .html (the first seed)")
+
+
+def settings_of(extra):
+    """Return the options after -- that results depend on, in one spelling."""
+    named = {name.replace("-", "_"): values for name, values in extra.items()}
+    return {name: values for name, values in named.items() if name not in RESUMABLE_CHANGES}
 
 
 def refuse_to_replace(path, labels, extra):
@@ -107,7 +113,8 @@ def refuse_to_replace(path, labels, extra):
     if not path.exists():
         return
     before = files.read_json(path, "the table of a study", {"rows": list})
-    if before.get("options", extra) != extra or {row.get("setting") for row in before["rows"]} - labels.keys():
+    before, others = before.get("options", extra), {str(row["setting"]) for row in before["rows"]} - labels.keys()
+    if others or before != extra:
         raise errors.UserError(
             f"{path}: expected the table of these settings and options, found that of others; give another --out"
         )

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 PROJECT = Path(__file__).resolve().parent.parent
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # images of 8x8 pixels; tests often share a machine
+os.environ["OMP_NUM_THREADS"] = "1"  # images of 8x8 pixels; tests often share a machine
 os.environ["WANDB_MODE"] = "disabled"
 os.fsync = lambda file: None  # the tests kill processes, not the machine; a busy disk takes seconds for each
 

@@ -135,7 +135,7 @@ def project(v, x, state):
     _, mean, rstd = state
     (count, channels), pixels = mean.shape, x[0, 0].numel()
     planes, most = count * channels, MOST_PLANES.get(v.device.type, math.inf)
-    if planes > most:
+    if planes > most and count > 1:
         parts = zip(*(tensor.split(max(1, most // channels)) for tensor in (v, x, mean, rstd)), strict=True)
         return tuple(map(torch.cat, zip(*(project(v, x, (None, *moments)) for v, x, *moments in parts), strict=True)))
     # Groups of one channel: with one image of N C channels the sums are those of single planes.

@@ -158,6 +158,9 @@ def test_a_table_of_other_settings_is_kept(tmp_path):
     path.write_text(json.dumps({"options": {"zca": []}, "rows": [{"setting": "a"}, {"setting": "b"}]}))
     study.refuse_to_replace(path, dict.fromkeys("abc"), {"zca": []})
     study.refuse_to_replace(tmp_path / "none.json", {}, {})
+    assert study.settings_of({"num-experts": ["3"], "device": ["cuda:1"], "checkpoint_minutes": ["5"]}) == {
+        "num_experts": ["3"]
+    }
     for labels, extra in (("ac", {"zca": []}), ("ab", {})):
         with pytest.raises(errors.UserError, match="found that of others; give another --out"):
             study.refuse_to_replace(path, dict.fromkeys(labels), extra)

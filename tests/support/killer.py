@@ -16,7 +16,7 @@ is a real one. The child writes down its events, so that a test can see what a c
 import contextlib
 import fcntl
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
@@ -38,6 +38,7 @@ MODULES = ["torch", "torch._dynamo", "torchvision.utils", "PIL.Image", "PIL.PngI
            "utils.evaluation", "utils.feature_matching", "utils.trajectory_matching", "utils.idc_runs",
            "utils.results.known", "utils.sizes"]  # fmt: skip
 LOG_BYTES = 1 << 20  # of events
+SECONDS_FOR_PEERS = 120  # to notice that another one has ended
 READ = (".pt", ".json", ".jsonl")  # files of runs, not those of modules
 WORK = ("epoch", "iteration")
 # A finished unit of work, which is never done twice.
@@ -296,9 +297,16 @@ def run_together(script, arguments, environments, folder=PROJECT):
             printed = [Path(place) / f"{name}{number}" for name in ("stdout", "stderr")]
             process = _start(context, _plain, script, words, *printed, folder, {**os.environ, **variables})
             started.append((process, printed))
-        done = []
+        running, failed, done = {process.sentinel: process for process, _ in started}, False, []
+        while running:
+            ended = multiprocessing.connection.wait(running, SECONDS_FOR_PEERS if failed else None)
+            for process in [] if ended else running.values():  # they wait for one that failed
+                process.kill()
+            for sentinel in ended:
+                process = running.pop(sentinel)
+                process.join()
+                failed |= process.exitcode != 0
         for process, printed in started:
-            process.join()
             texts = [path.read_text() for path in printed]
             done.append(subprocess.CompletedProcess([script, *words], process.exitcode, *texts))
     return done

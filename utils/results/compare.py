@@ -80,11 +80,12 @@ def find(paths):
     found = []
     for path in map(Path, paths):
         path = path.parent if path.name == REPORT else path
-        if not path.is_dir():
-            raise UserError(f"{path}: expected a folder of results, found {'a file' if path.exists() else 'none'}")
         reports = [path / REPORT] if (path / REPORT).exists() else sorted(path.rglob(REPORT))
+        if not path.is_dir() and len(paths) == 1:
+            raise UserError(f"{path}: expected a folder of results, found {'a file' if path.exists() else 'none'}")
         if not reports and len(paths) > 1:
-            log0(f"note: {path}: left out, it holds no report; evaluate the result first")
+            why = "it holds no report; evaluate the result first" if path.is_dir() else "there is no such folder"
+            log0(f"note: {path}: left out, {why}")
         found += [report.parent for report in reports]
     return [read(folder) for folder in dict.fromkeys(found or map(Path, paths))]
 

@@ -47,15 +47,17 @@ def replaced(folder):
     own = {name for name in names if ABOUT in names and (name in OWN or CLASS_FOLDER.fullmatch(name))}
     if others := [name for name in names if name not in own]:
         raise UserError(f"{folder}: expected an empty folder or an earlier export, found {others[0]}; choose another")
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    temporary, old = (folder.with_name(f"{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
         os.replace(temporary, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for path in (temporary, old):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def write(folder, kind, tensors, about):

@@ -99,14 +99,14 @@ def check_stages(folder, learned, stages):
         UserError: there are fewer.
     """
     count = next(stage for stage in itertools.count() if stage + 1 not in learned)
-    if not count and not (Path(folder) / files.CONFIG).exists():
+    if not learned and not (Path(folder) / files.CONFIG).exists():
         raise UserError(
             f"{folder}: expected the folder of a distillation with {stages} finished stages, found no stage; give the "
             "options it was made with, or its folder with --override-load-dir (MTT: its name with --override_load_path)"
         )
     if count < stages:
         advice = f", or evaluate what is there with --num_intervals {count}" if count else ""
-        found = f"stages 1 to {count}" if count > 1 else "stage 1 alone" if count else "none"
+        found = f"stages 1 to {count}" if count > 1 else "stage 1 alone" if count else "no stage 1"
         raise UserError(
             f"{folder}: expected {stages} finished stages, found {found}; finish with the same distillation "
             f"command{advice}"

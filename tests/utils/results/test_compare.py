@@ -218,10 +218,12 @@ def test_a_folder_without_a_report_is_one_line(content, words, folders, tmp_path
     assert files_of(tmp_path) == before
 
 
-def test_a_report_names_its_folder_and_what_is_missing_is_not_left_out(folders, tmp_path):
+def test_a_report_names_its_folder_and_what_is_missing_is_said(folders, tmp_path, capsys):
     assert compare.find([folders[0] / "report.json"])[0].folder == compare.find([folders[0]])[0].folder
     with pytest.raises(errors.UserError, match="nowhere: expected a folder of results, found none"):
-        compare.find([folders[0], tmp_path / "nowhere"])
+        compare.find([tmp_path / "nowhere"])
+    assert len(compare.find([tmp_path / "nowhere", folders[0]])) == 1
+    assert f"{tmp_path / 'nowhere'}: left out, there is no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", [{}, {"override_interval_names": "one"}])
