@@ -30,7 +30,7 @@ from utils.run.main import run_script
 from utils.synthetic import SyntheticSet, idc_path, load_idc
 
 SLOW_FROM = 5  # from the union of this index on the learning rate is halved, if another one follows it
-OOM_ADVICE = "--batch_size, other --eval_models or a smaller --width (--method dm: --model)"
+OOM_ADVICE = "--batch_size, other --eval_models or a smaller --width"
 # Networks to evaluate with if none are named, by data set.
 POOL = ["self", "resnet10", "resnet18", "densenet"]
 POOLS = {"imagenet": ["self", "resnet18", "efficientnet"], "tiny-imagenet": ["self", "resnet18"], "digits": ["self"]}

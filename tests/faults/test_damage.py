@@ -266,7 +266,7 @@ TABLE = [
      [row for row in BUFFER if row[0] in ("cut off", "text", "a pickle that runs code", "a tensor", "whole numbers")]),
     (B, "interrupted", f"{small.EXPERT_FOLDER}/partial/expert_00000.pt", [], [
         TORCH[0], TORCH[6], *((what, make, "expected a recorded expert") for what, make, _ in BUFFER[-8:-5])]),
-    (B, "finished", f"{small.EXPERT_FOLDER}/.lock", [], [("a folder", folder, "cannot be used")]),
+    (B, "finished", f"{small.EXPERT_FOLDER}/.lock", ["--num_experts", 3], [("a folder", folder, "cannot be used")]),
     (D, "inputs", f"{small.EXPERT_FOLDER}/replay_buffer_0.pt", [], BUFFER),
     (D, "inputs", f"{small.EXPERT_FOLDER}/buffer.json", ["--select_on", "val"], [
         *JSON, ("a share in words", values(lambda v: v["options"].update(val_fraction="all")), "expected a number")]),

@@ -112,21 +112,25 @@ class Log:
             read_rows(self.path, self.rows)
 
     def begin(self):
-        """Open the log: a stage with images and no log is taken for a published one, which is finished.
+        """Make the file: a stage with images and no log is taken for a published one, which is finished.
 
         Raises:
-            UserError: Weights & Biases cannot be reached.
+            UserError: Weights & Biases cannot be used.
         """
         if distributed.is_rank0():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._open()
+            self.path.touch()
+            self._start_wandb()
 
     def _open(self):
         kept = read_rows(self.path, self.rows) if self.rows else []
         with files.atomic(self.path, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in kept)
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - stays open as long as the loop
-        if self.wandb != "disabled":
+        self._start_wandb()
+
+    def _start_wandb(self):
+        if self.wandb != "disabled" and self.run is None:
             import wandb
 
             try:
