@@ -161,7 +161,7 @@ def soft_labels_of_stages(network, vectors, totals, temperature, images):
         if own.any():
             set_flat(network, vector)
             found = soft_labels(network, images[own], temperature)
-            labels = found.new_zeros(len(images), found.shape[1]) if labels is None else labels
+            labels = found.new_zeros(len(images), classes) if labels is None else labels
             labels[own] = found
     return labels
 

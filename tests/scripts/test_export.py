@@ -153,6 +153,22 @@ def test_what_an_export_did_not_write_is_never_replaced(distilled, exported, tmp
     assert (beside / "png" / formats.ABOUT).exists() and (tmp_path / "figures" / "png").is_dir()
 
 
+def test_an_export_that_cannot_be_exchanged_stays(tmp_path, monkeypatch):
+    out, replace = tmp_path / "out", formats.os.replace
+    out.mkdir()
+    (out / formats.ABOUT).write_text("{}")
+
+    def fails(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError(5, "no room", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(formats.os, "replace", fails)
+    with pytest.raises(OSError, match="no room"), formats.replaced(out):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / formats.ABOUT).exists()
+
+
 @pytest.mark.parametrize("stage", [0, "1", 9])
 def test_a_stage_that_an_export_does_not_have(stage, distilled, exported):
     with pytest.raises(UserError, match="expected the stage 3 that was exported"):

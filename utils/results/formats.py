@@ -56,6 +56,8 @@ def replaced(folder):
             os.replace(folder, old)
         os.replace(temporary, folder)
     finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
         for path in (temporary, old):
             shutil.rmtree(path, ignore_errors=True)
 

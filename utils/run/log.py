@@ -127,10 +127,9 @@ class Log:
         with files.atomic(self.path, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in kept)
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - stays open as long as the loop
-        self._start_wandb()
 
     def _start_wandb(self):
-        if self.wandb != "disabled" and self.run is None:
+        if self.wandb != "disabled":
             import wandb
 
             try:

@@ -131,9 +131,11 @@ def test_weights_and_biases_goes_on_with_the_same_run(path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     first = Log(path, "offline", {"lr": 1})
+    first.begin()
     first.write(loss=1.0)
     second = Log(path, "offline", {"lr": 1})
     second.load_state_dict(first.state_dict())
+    second.begin()
     second.write(loss=2.0)
     second.close()
     assert [call["id"] for call in calls] == [None, "abc"] and {call["mode"] for call in calls} == {"offline"}
