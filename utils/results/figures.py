@@ -27,33 +27,20 @@ def draw_all(results, out):
     return [out / f"{name}.png" for name in made]
 
 
-def pyplot():
-    """Return matplotlib's pyplot, drawing without a display."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def save_figure(path, figure):
-    """Write a matplotlib figure as PNG, atomically, and close it."""
+    """Write a matplotlib figure as PNG, atomically."""
     with files.atomic(path) as file:
         figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
-    pyplot().close(figure)
 
 
-def panels(count, width=5.0, height=3.8):
-    """Return (figure, list of `count` axes), at most three in a row."""
+def panels(count, width, height):
+    """Return (figure, list of `count` axes), at most three in a row, each of `width` × `height` inches."""
+    from matplotlib.figure import Figure
+
     columns = min(count, 3)
     lines = math.ceil(count / columns)
-    figure, axes = pyplot().subplots(
-        lines, columns, figsize=(width * columns, height * lines), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[count:]:
-        axis.remove()
-    return figure, list(axes.flat[:count])
+    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
+    return figure, [figure.add_subplot(lines, columns, number) for number in range(1, count + 1)]
 
 
 def finish(axis, across, up, **legend):
