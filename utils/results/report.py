@@ -1,6 +1,7 @@
 """The report of an evaluation: its rows and table, and what is kept of an earlier one; grids of images."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -169,18 +170,17 @@ def accuracy_text(mean, std, networks):
 def table(report):
     """Return the text table of a report (the dict of report.json)."""
     found = table_rows(report)
-    checks = max((row["best"][2] or 0 for row in found), default=0)
-    columns = {"network": [row["network"] for row in found], "trained on": [row["trained_on"] for row in found]}
-    columns |= {"images per class": [row["ipc"] for row in found]}
-    columns |= {"accuracy (%)": [accuracy_text(row["mean"], row["std"], row["networks"]) for row in found]}
-    best = [accuracy_text(*row["best"][:2], row["networks"]) if row["best"][2] else "" for row in found]
-    columns |= {f"best of {checks} (%)": best} if checks else {}
+    columns = {"network": "network", "trained on": "trained_on", "images per class": "ipc"}
+    columns = {name: [row[key] for row in found] for name, key in columns.items()}
+    columns["accuracy (%)"] = [accuracy_text(row["mean"], row["std"], row["networks"]) for row in found]
+    if checks := max((row["best"][2] or 0 for row in found), default=0):
+        best = [accuracy_text(*row["best"][:2], row["networks"]) if row["best"][2] else "" for row in found]
+        columns[f"best of {checks} (%)"] = best
     for name, key, form in (("over random", "over_random", "{:+z.2f}"), ("of full (%)", "share_of_full", "{:.1f}")):
         if any(row[key] is not None for row in found):
             columns[name] = ["" if row[key] is None else form.format(row[key]) for row in found]
     columns["networks"] = [row["networks"] for row in found]
-    headers, rows = list(columns), list(zip(*columns.values(), strict=True))
-    text = tabulate(rows, headers, disable_numparse=True)
+    text = tabulate(columns, "keys", disable_numparse=True)
     if any(row["kind"] == "fresh" for row in found):
         text += "\nnetworks start as the experts that were matched; fresh start: from random initialisations (headline)"
     if "select_on" in report:
@@ -199,20 +199,17 @@ def save_grid(path, pixels, labels, upscale_to=64):
         labels: (N,) int64.
         upscale_to: images smaller than this many pixels are enlarged by a whole factor.
     """
-    from PIL import Image
-    from torchvision.utils import make_grid
+    from torchvision.utils import save_image
 
-    pixels, labels = pixels.detach().float().cpu().clamp(0, 1), labels.cpu()
-    _, row, counts = labels.unique(return_inverse=True, return_counts=True)
-    per_class = int(counts.max())
-    columns = -(-per_class // -(-per_class // GRID_COLUMNS))  # of as few rows a class as there can be
-    cells = -(-per_class // columns) * columns
-    number = torch.cat([torch.arange(count) for count in counts])[torch.argsort(torch.argsort(row, stable=True))]
-    sheet = torch.zeros(len(counts) * cells, *pixels.shape[1:])
-    sheet[row * cells + number] = pixels
+    pixels, labels = pixels.detach().float().cpu(), labels.cpu()
+    classes = [pixels[labels == label] for label in labels.unique()]
+    most = max(map(len, classes))
+    rows = math.ceil(most / GRID_COLUMNS)  # of each class: as few as there can be
+    columns = math.ceil(most / rows)
+    sheet = torch.zeros(len(classes), rows * columns, *pixels.shape[1:])
+    for cells, images in zip(sheet, classes, strict=True):
+        cells[: len(images)] = images
     factor = max(1, upscale_to // pixels.shape[2])
-    sheet = sheet.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    grid = make_grid(sheet, nrow=columns, padding=2)
-    array = (grid * 255).round().byte().permute(1, 2, 0).numpy()
+    sheet = sheet.flatten(0, 1).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     with files.atomic(path) as file:
-        Image.fromarray(array).save(file, format="PNG")
+        save_image(sheet, file, format="png", nrow=columns, padding=2)
