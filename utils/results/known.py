@@ -16,6 +16,7 @@ from ..data.info import IDC_NAMES, IDC_STATISTICS, IMAGENET_MEAN, IMAGENET_STD, 
 from ..run import files
 from ..run.errors import UserError
 from ..run.log import log0
+from ..synthetic import read_idc, read_mtt_part
 from .names import STAGE_FOLDER, base_method, idc_learned, mtt_learned, mtt_stages
 from .provenance import DATA
 
@@ -79,45 +80,65 @@ def find(folder, dataset=None, data_path=None, whitened=None, factor=None, decod
         raise UserError(f"{folder}: expected a folder of results, found {'a file' if folder.exists() else 'none'}")
     unions = {int(m[1]) + 1: path for path in folder.iterdir() if (m := IDC_FILE.fullmatch(path.name))}
     if unions:
-        unions = _learned(folder, unions, {stage for stage in unions if idc_learned(folder, stage)})
-        _check_complete(folder, unions)
-        return _find_idc(folder, unions, dataset, data_path, factor, decode_type)
-    return _find_mtt(*_stage_folders(folder), dataset, data_path, whitened)
+        home, stages = folder, _finished(folder, unions, lambda stage: idc_learned(folder, stage))
+    else:
+        home, stages = _stage_folders(folder)
+    options, versions = _config(home)
+    known = _made_with(home)
+    named = IDC_NAMES.get(known.get("dataset"), known.get("dataset"))
+    dataset = _settle(home, "dataset", IDC_NAMES.get(dataset, dataset), named)
+    if not unions:
+        whitened = _settle(home, "zca", whitened, known.get("zca"))
+        first = stages[min(stages)] / "images_best.pt"
+        subset = options.get("subset") or home.parent.parent.name  # ImageNet/{subset}/{pixels}/{experiment}
+        antialias = dataset != "ImageNet"  # as published
+        info = _info(home, first, dataset, data_path, whitened, None, subset, antialias)
+        return Distillation(home, stages, info, options, versions, "PDD+MTT")
+    factor = _settle(home, "factor", factor, known.get("factor"))
+    decode_type = _settle(home, "decode_type", decode_type, known.get("decode_type"))
+    seed = f"-seed{options['dseed']}" if options.get("dseed") else ""
+    subset = f"imagenet{options['nclass']}{seed}" if "nclass" in options else home.parent.name
+    statistics = {IDC_NAMES[name]: values for name, values in IDC_STATISTICS.items()}.get(dataset)
+    info = _info(home, stages[1], dataset, data_path, False, statistics, subset)
+    method = f"PDD+{base_method({'factor': factor} | options)}"
+    return Distillation(home, stages, info, options, versions, method, factor, decode_type)
 
 
 def _stage_folders(folder):
     """Return (folder of the experiment, {stage: folder}) of PDD+MTT."""
     found = {stage: paths for stage, paths in mtt_stages(folder).items() if (paths[0] / "images_best.pt").exists()}
-    if found:
-        if doubled := next((stage for stage in found if len(found[stage]) > 1), None):
-            raise UserError(f"{folder}: expected one folder interval{doubled}_epoch…, found {len(found[doubled])}")
-        found = {stage: paths[0] for stage, paths in found.items()}
-        found = _learned(folder, found, {stage for stage, path in found.items() if mtt_learned(path)})
-        _check_complete(folder, found)
-        return folder, found
-    if (folder / "images_best.pt").exists():
-        _learned(folder, {1: folder}, {1} if mtt_learned(folder) else set())
-        stage = STAGE_FOLDER.fullmatch(folder.name)
-        return (folder.parent, {int(stage[1]): folder}) if stage else (folder, {1: folder})
-    raise UserError(
-        f"{folder}: expected a result (interval{{p}}_epoch…/images_best.pt, images_best.pt or interval_{{i}}_data.pt) "
-        "or an export of one (distilled.json), found none"
-    )
+    if doubled := next((stage for stage in found if len(found[stage]) > 1), None):
+        raise UserError(f"{folder}: expected one folder interval{doubled}_epoch…, found {len(found[doubled])}")
+    home, first, stages = folder, 1, {stage: path for stage, (path,) in found.items()}
+    if not stages and (folder / "images_best.pt").exists():
+        if own := STAGE_FOLDER.fullmatch(folder.name):
+            home, first = folder.parent, int(own[1])
+        stages = {first: folder}
+    if not stages:
+        raise UserError(
+            f"{folder}: expected a result (interval{{p}}_epoch…/images_best.pt, images_best.pt or "
+            "interval_{i}_data.pt) or an export of one (distilled.json), found none"
+        )
+    return home, _finished(folder, stages, lambda stage: mtt_learned(stages[stage]), first)
 
 
-def _learned(folder, stages, learned):
-    """Return those of {stage: path} that are `learned`; an interrupted one holds what it has come to."""
-    if not learned:
+def _finished(folder, stages, learned, first=1):
+    """Return those of {stage: path} that are `learned` (a function of a stage): all from `first` to the last of them.
+
+    An interrupted stage, which holds what it has come to, is left out with a note.
+
+    Raises:
+        UserError: there is none, or one is missing.
+    """
+    found = {stage: path for stage, path in stages.items() if learned(stage)}
+    if not found:
         raise UserError(f"{folder}: expected a finished stage, found none; the distillation's command continues it")
-    for stage in sorted(stages.keys() - learned):
+    for stage in sorted(stages.keys() - found.keys()):
         log0(f"note: {folder}: stage {stage} is not finished; without it")
-    return {stage: path for stage, path in stages.items() if stage in learned}
-
-
-def _check_complete(folder, stages):
-    for stage in range(1, max(stages) + 1):
-        if stage not in stages:
-            raise UserError(f"{folder}: expected stages 1 to {max(stages)}, found no stage {stage}")
+    for stage in range(first, max(found)):
+        if stage not in found:
+            raise UserError(f"{folder}: expected stages 1 to {max(found)}, found no stage {stage}")
+    return found
 
 
 def _config(home):
@@ -128,6 +149,17 @@ def _config(home):
     return config["options"], config.get("versions") or {}
 
 
+def _made_with(folder):
+    """Return the options that a result was made with, as far as config.json, args.txt or its folder's name say them."""
+    options, _ = _config(folder)
+    if options:
+        return options | {"method": base_method(options).lower()}
+    if name := MTT_NAME.fullmatch(folder.name):
+        return {"dataset": name["dataset"], "model": name["model"], "zca": bool(name["zca"])}
+    known, published = _read_arguments(folder) or parse_idc_name(folder), IDC_NAME.fullmatch(folder.name)
+    return known | ({"method": "dm" if published[1] == "dm" else "idc"} if published else {})
+
+
 def refuse_other_making(folder, **given):
     """Refuse options that differ from those that the result in `folder` was made with, as far as it says so.
 
@@ -135,14 +167,7 @@ def refuse_other_making(folder, **given):
         UserError: one does.
     """
     folder = Path(folder)
-    name = MTT_NAME.fullmatch(folder.name)
-    named = {"zca": bool(name["zca"]), "model": name["model"]} if name else {}
-    options, published = _config(folder)[0], IDC_NAME.fullmatch(folder.name)
-    known = options or _read_arguments(folder) or parse_idc_name(folder) or named
-    if options:
-        known = known | {"method": base_method(options).lower()}
-    elif published:
-        known = known | {"method": "dm" if published[1] == "dm" else "idc"}
+    known = _made_with(folder)
     for option, value in given.items():
         made = known.get(option, value)
         if made != value and isinstance(value, bool):
@@ -163,34 +188,6 @@ def _settle(home, option, given, known):
     if None not in (known, given) and known != given:
         raise UserError(f"{home}: made with --{option} {known}, but --{option} {given} is given; leave it out")
     return given if known is None else known
-
-
-def _find_mtt(home, stages, dataset, data_path, whitened):
-    options, versions = _config(home)
-    name = MTT_NAME.fullmatch(home.name)
-    known = options or ({"dataset": name["dataset"], "zca": bool(name["zca"])} if name else {})
-    dataset = _settle(home, "dataset", IDC_NAMES.get(dataset, dataset), known.get("dataset"))
-    whitened = _settle(home, "zca", whitened, known.get("zca"))
-    first = stages[min(stages)] / "images_best.pt"
-    subset = options.get("subset") or home.parent.parent.name  # ImageNet/{subset}/{pixels}/{experiment}
-    antialias = dataset != "ImageNet"  # as published
-    info = _info(home, first, dataset, data_path, whitened, None, subset, antialias)
-    return Distillation(home, stages, info, options, versions, "PDD+MTT")
-
-
-def _find_idc(folder, unions, dataset, data_path, factor, decode_type):
-    options, versions = _config(folder)
-    known = options or _read_arguments(folder) or parse_idc_name(folder)
-    dataset = next((idc_name for idc_name, name in IDC_NAMES.items() if name == dataset), dataset)
-    dataset = _settle(folder, "dataset", dataset, known.get("dataset"))
-    factor = _settle(folder, "factor", factor, known.get("factor"))
-    decode_type = _settle(folder, "decode_type", decode_type, known.get("decode_type"))
-    seed = f"-seed{options['dseed']}" if options.get("dseed") else ""
-    subset = f"imagenet{options['nclass']}{seed}" if "nclass" in options else folder.parent.name
-    name, statistics = IDC_NAMES.get(dataset, dataset), IDC_STATISTICS.get(dataset)
-    info = _info(folder, unions[1], name, data_path, False, statistics, subset)
-    method = f"PDD+{base_method({'factor': factor} | options)}"
-    return Distillation(folder, unions, info, options, versions, method, factor, decode_type)
 
 
 def _read_arguments(folder):
@@ -216,13 +213,10 @@ def parse_idc_name(folder):
     return found
 
 
-def image_shape(path):
+def _image_shape(path):
     """Return (C, H, W) of the images in a file of results."""
-    value = files.load(path, "synthetic images")
-    images = value[0] if isinstance(value, (list, tuple)) and value else value
-    if not isinstance(images, torch.Tensor) or images.dim() != 4:
-        raise UserError(f"{path}: expected images (N, C, H, W), found something else; make it anew")
-    return tuple(images.shape[1:])
+    images = read_idc(path)[0] if IDC_FILE.fullmatch(path.name) else read_mtt_part(path, "images")
+    return images.shape[1:]
 
 
 def _info(home, path, dataset, data_path, whitened, statistics, subset, antialias=True):
@@ -236,7 +230,7 @@ def _info(home, path, dataset, data_path, whitened, statistics, subset, antialia
     has_data, has_whitening = (home / DATA).exists(), whitened and (home / zca.FILE).exists()
     real = None
     if data_path and not (has_data and has_whitening == whitened):
-        res = image_shape(path)[-1] if dataset in SIZED else None
+        res = _image_shape(path)[-1] if dataset in SIZED else None
         device = torch.device("cpu")
         real = datasets.load(dataset, data_path, device, whitened, statistics, subset, res, antialias).info
     if has_data:
@@ -261,6 +255,6 @@ def _known_info(home, dataset, whitened, statistics, path):
         return info.replace(mean=mean, std=std, zca=whitened)
     if dataset != "ImageNet" or not count:
         raise UserError(f"{home}: {dataset} may be of any classes, mean and std; name its folder with --data_path")
-    num_classes, (channel, im_size, _) = int(count[1]), image_shape(path)
+    num_classes, (channel, im_size, _) = int(count[1]), _image_shape(path)
     names = [str(label) for label in range(num_classes)]
     return DatasetInfo(dataset, num_classes, names, channel, im_size, IMAGENET_MEAN, IMAGENET_STD, whitened)
