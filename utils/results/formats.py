@@ -99,15 +99,15 @@ def class_folder(label, name):
 
 
 def _write_images(folder, tensors, class_names):
-    from PIL import Image
+    from torchvision.transforms.functional import to_pil_image
 
     for label, name in enumerate(class_names):
         (folder / class_folder(label, name)).mkdir(parents=True)
-    pixels = (tensors["pixels"].clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    pixels = (tensors["pixels"].clamp(0, 1) * 255).round().byte()
     rows = zip(pixels, tensors["labels"].tolist(), tensors["stage"].tolist(), strict=True)
     for number, (image, label, stage) in enumerate(rows):
         path = folder / class_folder(label, class_names[label]) / f"stage{stage}_{number:05d}.png"
-        Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(path)
+        to_pil_image(image).save(path)
 
 
 def find_export(path):
@@ -189,7 +189,14 @@ def _read_file(path):
 
 
 def _read_images(folder):
-    """Return the tensors of PNG images in class folders."""
+    """Return the tensors of PNG images in class folders.
+
+    Raises:
+        UserError: one is missing, damaged, or of another size.
+    """
+    from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor
+
     found = {}
     for path in folder.glob("*/*.png"):
         label, name = CLASS_FOLDER.fullmatch(path.parent.name), re.fullmatch(r"stage(\d+)_(\d+)\.png", path.name)
@@ -198,24 +205,14 @@ def _read_images(folder):
     if missing := sorted({0, *range(max(found, default=0))} - found.keys()):
         raise UserError(f"{folder}: expected images with numbers from 0 on, found none of number {missing[0]}")
     paths, labels, stages = zip(*(found[number] for number in range(len(found))), strict=True)
-    arrays = [read_image(path) for path in paths]
-    for path, array in zip(paths, arrays, strict=True):
-        if array.shape != arrays[0].shape:
-            raise UserError(f"{path}: expected an image {arrays[0].shape} as the first one, found {array.shape}")
-    pixels = torch.from_numpy(np.stack(arrays).reshape(len(arrays), *arrays[0].shape[:2], -1).transpose(0, 3, 1, 2))
-    return {"pixels": pixels.contiguous().float() / 255, "labels": torch.tensor(labels), "stage": torch.tensor(stages)}
-
-
-def read_image(path):
-    """Return the pixels of an image file as a uint8 array, (H, W) or (H, W, C).
-
-    Raises:
-        UserError: it is damaged.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: expected an image, found a damaged file ({one_line(error)[:60]})") from None
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                images.append(pil_to_tensor(image))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{path}: expected an image, found a damaged file ({one_line(error)[:60]})") from None
+        found, expected = tuple(images[-1].shape), tuple(images[0].shape)
+        if found != expected:
+            raise UserError(f"{path}: expected an image {expected} as the first one, found {found}")
+    return {"pixels": torch.stack(images) / 255, "labels": torch.tensor(labels), "stage": torch.tensor(stages)}

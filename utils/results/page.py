@@ -216,10 +216,9 @@ def _learned(folder):
 
 def _png(images):
     """Return images (n, C, H, W) in [0, 1] side by side as the data URL of a PNG."""
-    from PIL import Image
+    from torchvision.transforms.functional import to_pil_image
 
-    strip = (images * 255).round().byte().permute(2, 0, 3, 1).flatten(1, 2).numpy()
-    image = Image.fromarray(strip.squeeze(2) if strip.shape[2] == 1 else strip)
+    image = to_pil_image((images * 255).round().byte().permute(1, 2, 0, 3).flatten(2))
     if image.height > LARGEST:
         image = image.resize((image.width * LARGEST // image.height, LARGEST))
     buffer = io.BytesIO()
