@@ -14,23 +14,21 @@ def draw_accuracy(path, report):
     """Draw accuracy against stage, a curve for each network of `report` (the dict of report.json); returns `path`."""
     figure = accuracy_by_stage(list(report["models"].items()))
     figure.axes[0].set_title(f"{report['dataset']}: networks trained on the unions in order", fontsize=9)
-    save_figure(path, figure)
-    return path
+    return save_figure(path, figure)
 
 
 def draw_all(results, out):
     """Draw the accuracies of `results` (list of `compare.EvaluatedResult`) into the folder `out`; returns the paths."""
     own = [(f"{number}: {result.label}", result.report) for number, result in enumerate(results, 1)]
     made = {"accuracy_stage": accuracy_by_stage(own), "accuracy_ipc": accuracy_by_ipc(results)}
-    for name, figure in made.items():
-        save_figure(out / f"{name}.png", figure)
-    return [out / f"{name}.png" for name in made]
+    return [save_figure(out / f"{name}.png", figure) for name, figure in made.items()]
 
 
 def save_figure(path, figure):
-    """Write a matplotlib figure as PNG, atomically."""
+    """Write a matplotlib figure as PNG, atomically; returns `path`."""
     with files.atomic(path) as file:
         figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
+    return path
 
 
 def panels(count, width, height):
@@ -78,14 +76,10 @@ def accuracy_by_stage(entries):
         axis.plot([], [], "x", color="grey", label="as many random real images")
     if any(rows.get("full") for _, rows in entries):
         axis.plot([], [], "-.", color="grey", linewidth=1, label="full training set")
-    totals = {}
-    for _, rows in entries:
-        for row in rows["stages"]:
-            totals.setdefault(row["stage"], set()).add(row["ipc_total"])
-    alike = all(len(found) == 1 for found in totals.values())
-    axis.set_xticks(
-        sorted(totals), [f"{stage}\n({min(totals[stage])})" if alike else stage for stage in sorted(totals)]
-    )
+    totals = sorted({(row["stage"], row["ipc_total"]) for _, rows in entries for row in rows["stages"]})
+    stages = sorted({stage for stage, _ in totals})
+    alike = len(totals) == len(stages)  # in every stage
+    axis.set_xticks(stages, [f"{stage}\n({total})" for stage, total in totals] if alike else stages)
     across = "stage (images per class in all)" if alike else "stage"
     finish(axis, across, "test accuracy (%)", loc="upper left", bbox_to_anchor=(0, -0.15))
     return figure
