@@ -49,7 +49,7 @@ TINY = {
 }  # fmt: skip
 DM = {
     "model": "ConvNet", "factor": 2, "lr_teacher": 0.02, "mom": 0.9, "num_experts": 5, "train_epochs": 20,
-    "metric": "cf", "calibration": 0.5, "buffer_path": "buffers/dm",
+    "metric": "cf", "calibration": 0.5, "buffer_path": "buffers/dm", "method": "dm",
 }  # fmt: skip
 TINY_FOLDERS = dict.fromkeys(("data_path", "data_dir"), "data/tiny-imagenet-200")
 PRESETS = {
@@ -215,15 +215,14 @@ def presets(row, scale, preset=None):
     method, stages = name.split("-")[1], 1 if oneshot else STAGES
     kind = "oneshot" if oneshot else "progressive" if method != "mtt" else ""
     tag = "_".join(filter(None, ("small" if small else "", kind, preset)))
-    shared = {"ipc": int(name.rpartition("ipc")[2]) // stages} | ({"tag": tag} if tag else {}) | PRESETS[name]
-    shared["num_intervals" if method == "mtt" else "num-intervals"] = stages
+    shared = {"ipc": int(name.rpartition("ipc")[2]) // stages, "num_intervals": stages}
+    shared |= ({"tag": tag} if tag else {}) | PRESETS[name]
     if small:
         shared |= SMALL[method] | (SMALL_ONESHOT[method] if oneshot else {})
     if preset:
         shared |= successor(preset, shared, stages)
     if cross:
         shared["eval_models"] = ARCHITECTURES
-    shared |= {"method": "dm"} if method == "dm" else {}
     found = {script: shared | OWN[scale].get(script, {}) for script in SCRIPTS[method]}
     if method == "dm":
         found["buffer_mtt.py"] = shared | {"dataset": IDC_NAMES[shared["dataset"]]}

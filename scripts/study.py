@@ -141,8 +141,7 @@ def setting(row, stages, share, experts, args, extra):
     label, tag = f"{method.upper()}, {stages} × {ipc}, {length}", f"{args.scale}_p{stages}_{length}"
     if experts:
         label, tag, changed["num_experts"] = f"{label}, {experts} experts", f"{tag}_experts{experts}", experts
-    changed |= {"ipc": ipc, "tag": tag.replace(" ", "")}
-    changed["num_intervals" if method == "mtt" else "num-intervals"] = stages
+    changed |= {"ipc": ipc, "tag": tag.replace(" ", ""), "num_intervals": stages}
     found = []
     for seed in range(args.seeds):
         words = {name: [str(value)] for name, value in (changed | {"seed": seed}).items()}
