@@ -28,22 +28,18 @@ def summary(label, folders):
     """
     reports = [files.read_json(Path(folder) / "report.json") for folder in folders]
     last, count = [report.headline(of_seed) for of_seed in reports], len(folders)
-    accuracies, over = ([row[key] for row in last] for key in ("accuracy_mean", "over_random"))
-    mean, std, half = statistics.mean(accuracies), None, None
-    if count > 1:
-        std = statistics.stdev(accuracies)
-        half = float(stats.t.ppf(0.975, count - 1)) * std / count**0.5
+    accuracies = [row["accuracy_mean"] for row in last]
     found = {"setting": label, "images per class": last[0]["ipc_total"], "seeds": count, "accuracies": accuracies}
-    found |= {
-        "accuracy": mean,
-        "std": std,
-        "half": half,
-        "over random": None if None in over else statistics.mean(over),
+    found |= {"accuracy": statistics.mean(accuracies), "std": None, "half": None}
+    if count > 1:
+        found["std"] = statistics.stdev(accuracies)
+        found["half"] = float(stats.t.ppf(0.975, count - 1)) * found["std"] / count**0.5
+    others = {
+        "over random": [row["over_random"] for row in last],
+        "matched starts": [r["stages"][-1]["accuracy_mean"] if r.get("fresh") else None for r in reports],
+        "last union alone": [r["last_union"]["accuracy_mean"] if r.get("last_union") else None for r in reports],
     }
-    matched = [of_seed["stages"][-1] for of_seed in reports if of_seed.get("fresh")]
-    alone = [of_seed["last_union"] for of_seed in reports if of_seed.get("last_union")]
-    for name, rows in (("matched starts", matched), ("last union alone", alone)):
-        found[name] = statistics.mean(row["accuracy_mean"] for row in rows) if len(rows) == count else None
+    found |= {name: None if None in values else statistics.mean(values) for name, values in others.items()}
     measured = [hours.read(folder) for folder in folders]
     for name, begin in PARTS.items():
         parts = [part for of_seed in measured for script, part in of_seed.items() if script.startswith(begin)]
