@@ -130,18 +130,16 @@ def fetch(file_id, path, label):
         return []
     path.parent.mkdir(parents=True, exist_ok=True)
     arrived = path.with_name(f"{path.name}.download")
-    bar, shown = None, 0
+    bar = None
 
     def progress(done, total):
-        nonlocal bar, shown
+        nonlocal bar
         if total and total >= MEGABYTE:
             if bar is None:
                 files.need_disk(path.parent, total - done, f"the rest of {path.name}")
-                shown = done // MEGABYTE
-                bar = Progress(total // MEGABYTE, f"{label}, MB", shown)
+                bar = Progress(total // MEGABYTE, f"{label}, MB", done // MEGABYTE)
                 stack.callback(bar.close)
-            bar.update(done // MEGABYTE - shown)
-            shown = done // MEGABYTE
+            bar.update(done // MEGABYTE - bar.bar.n)
 
     settings = {"quiet": True, "resume": True, "timeout": TIMEOUT, "retries": RETRIES, "progress": progress}
     with one_line_errors(path), contextlib.ExitStack() as stack:
