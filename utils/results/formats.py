@@ -154,14 +154,11 @@ def read(path):
     if not isinstance(about.get("data"), dict):
         raise UserError(f"{path}: expected {WHAT}, found no description of its data; export it again")
     info = DatasetInfo.from_json(about["data"], path)
-    return tensors, info.replace(whitening=_whitening(tensors) if info.zca else None), about
-
-
-def _whitening(tensors):
-    """Return the kornia.enhance.ZCAWhitening of an export, which holds no inverse; None if it holds no transform."""
-    if "zca_matrix" not in tensors:
-        return None
-    return zca.assemble({"mean_vector": tensors["zca_mean"].view(1, -1), "transform_matrix": tensors["zca_matrix"]})
+    whitening = None
+    if info.zca and "zca_matrix" in tensors:  # without its inverse
+        parts = {"mean_vector": tensors["zca_mean"].view(1, -1), "transform_matrix": tensors["zca_matrix"]}
+        whitening = zca.assemble(parts)
+    return tensors, info.replace(whitening=whitening), about
 
 
 def _read_file(path):
