@@ -15,7 +15,7 @@ from .load import load_stage
 from .report import SELECTED, accuracy_text, table_rows
 
 WIDTH, HEIGHT = 440, 270  # of a chart's coordinates
-LEFT, RIGHT, TOP, BOTTOM = 60, 10, 10, 40  # its margins
+LEFT, RIGHT, TOP, BOTTOM = 60, 430, 10, 230  # the edges of its axes
 CURVE_POINTS = 50  # of a curve
 IMAGES_SHOWN = 10  # of each class and stage
 LARGEST = 96  # pixels of an image on the page
@@ -26,7 +26,8 @@ def render(results):
     shown = [_describe(number, result) for number, result in enumerate(results, 1)]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals["accuracy_text"] = accuracy_text
+    environment.globals |= {"accuracy_text": accuracy_text, "width": WIDTH, "height": HEIGHT}
+    environment.globals |= {"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
     return environment.get_template("page.html").render(
         results=shown,
         accuracy=_accuracy_charts(shown),
@@ -34,8 +35,6 @@ def render(results):
         rates=_curve_charts(shown, "syn_lr", "synthetic learning rate"),
         images=_image_tables(shown),
         shown_of_each=IMAGES_SHOWN,
-        width=WIDTH,
-        height=HEIGHT,
     )
 
 
@@ -141,8 +140,8 @@ def _chart(title, series, across, up):
     whole = all(float(x).is_integer() for x in xs) and max(xs) > 1
     ys = [y + side * bar for _, y, bar in points for side in (-1, 1)]
     (left, right), (low, high) = _limits(xs), _limits(ys)
-    place_x = lambda x: LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT)  # noqa: E731
-    place_y = lambda y: HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
+    place_x = lambda x: LEFT + (x - left) / (right - left) * (RIGHT - LEFT)  # noqa: E731
+    place_y = lambda y: BOTTOM - (y - low) / (high - low) * (BOTTOM - TOP)  # noqa: E731
     drawn = []
     for one in series:
         marks = []
@@ -160,10 +159,6 @@ def _chart(title, series, across, up):
         "up": up,
         "x_ticks": [(place_x(t), f"{t:g}") for t in _ticks(left, right, whole)],
         "y_ticks": [(place_y(t), f"{t:g}") for t in _ticks(low, high)],
-        "left": LEFT,
-        "right": WIDTH - RIGHT,
-        "bottom": HEIGHT - BOTTOM,
-        "top": TOP,
     }
 
 
