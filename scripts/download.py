@@ -103,10 +103,8 @@ def select(found, dataset):
     """
     if not dataset:
         return found
-    names = {dataset.lower()}
-    for pair in IDC_NAMES.items():
-        pair = {name.lower() for name in pair}
-        names |= pair if dataset.lower() in pair else set()
+    pairs = [{idc_name.lower(), name.lower()} for idc_name, name in IDC_NAMES.items()]
+    names = next((pair for pair in pairs if dataset.lower() in pair), {dataset.lower()})
     pattern = re.compile(rf"({'|'.join(map(re.escape, names))})(_.*)?")
     wanted = [(id, path) for id, path in found if any(pattern.fullmatch(p.lower()) for p in Path(path).parts[:-1])]
     if not wanted:
