@@ -51,7 +51,7 @@ def read(info, root):
 
     folder = find()
     if folder is None or not all((folder / file).is_file() for file in checksums):
-        with _alone(root):  # another process may be downloading or unpacking
+        with _alone(root, info.name):  # another process may be downloading or unpacking
             folder = find() or _download(source, root) or find()
     again = f"put the authors' file there, or remove {folder} to download all again"
     for file in checksums:
@@ -126,9 +126,10 @@ def _wrong_file(folder, checksums):
 
 
 @contextlib.contextmanager
-def _alone(root):
-    """Let one process at a time work below `root`, if it can be written to; the lock's file goes in the end."""
-    missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+def _alone(root, name):
+    """Let one process at a time work below `root`, if it can be; in the end its lock goes, and new empty folders."""
+    inside = root / name / "raw"  # the deepest that torchvision makes
+    missing = [folder for folder in (inside, *inside.parents) if not folder.exists()]
     path = root / ".download.lock"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -142,21 +143,16 @@ def _alone(root):
         finally:
             with contextlib.suppress(OSError):
                 path.unlink()
-                for folder in missing:  # deepest first, if nothing came to be there
+                for folder in filter(Path.exists, missing):  # deepest first, if nothing came to be there
                     folder.rmdir()
 
 
 def _download(source, root):
-    inside = root / source.__name__ / "raw"
-    missing = [folder for folder in (inside, *inside.parents) if not folder.exists()]
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             for part in ("train", "test") if source.__name__ == "SVHN" else (True,):
                 source(root, part, download=True)
     except Exception as error:
-        for folder in missing:  # those that torchvision made, deepest first
-            with contextlib.suppress(OSError):
-                folder.rmdir()
         raise UserError(
             f"{source.__name__} is not in {root} (neither train/<class>/ nor the authors' files), and downloading it "
             f"failed ({one_line(error)[:100]}); put the data there or name their folder with --data_path"
