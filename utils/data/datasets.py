@@ -271,7 +271,7 @@ def dataset_subdir(name, data_path, subset=None, res=None):
     Its name; `ImageNet/{subset}/{res}` (MTT); for own images `folder/{name of the folder}/{res}`.
     """
     if name == "ImageNet":
-        return f"{name}/{imagenet.subset_name(subset)}/{res or RES}"
+        return f"{name}/{Path(subset).stem}/{res or RES}"  # of a file that lists the classes; other names stay whole
     if name == "folder":
         return f"{name}/{Path(data_path).resolve().name}/{res or RES}"
     return name

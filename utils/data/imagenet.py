@@ -26,11 +26,6 @@ IDC_CLASSES = (Path(__file__).parent / "imagenet100_wnids.txt").read_text().spli
 IDC_SUBSET = re.compile(r"imagenet(\d+)(?:-seed(\d+))?")
 
 
-def subset_name(subset):
-    """Return the name of a subset: itself, or the stem of the file that lists it."""
-    return subset if subset in SUBSETS or IDC_SUBSET.fullmatch(subset) else Path(subset).stem
-
-
 def subset_classes(subset):
     """Return the class folders of a subset in the order of their labels.
 
