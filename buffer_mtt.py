@@ -26,7 +26,7 @@ from utils.run import distributed, files
 from utils.run.checkpoint import PARTIAL
 from utils.run.device import setup_device
 from utils.run.errors import UserError
-from utils.run.log import Progress, print0
+from utils.run.log import Progress, log0, print0
 from utils.run.main import run_script
 from utils.run.streams import stream
 from utils.trajectories import (
@@ -208,7 +208,7 @@ def record(args, real, writer, missing):
             )
         writer.add(expert, trajectory, alone)
         test = training.accuracy(network, real.test)
-        progress.say(f"{label}: test accuracy {test:.2f} %")
+        log0(f"{label}: test accuracy {test:.2f} %")
         progress.close()
     distributed.barrier()
     if not args.shard:

@@ -114,7 +114,7 @@ def learn_subset(stage, run):
             student.train_on_real(outer, inner)
             progress.update(loss=loss / (inner + 1))
             if args.time and inner == args.inner_loop - 1:
-                progress.say(f"outer iteration {outer}: {time.monotonic() - begun:.2f} s")
+                log0(f"outer iteration {outer}: {time.monotonic() - begun:.2f} s")
         progress.close()
         log.close()
     run.finish(stage, run.outer_iterations)

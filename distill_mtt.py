@@ -144,7 +144,7 @@ def learn_subset(stage, run):
                 log.write(stage=stage, iteration=it, accuracy_mean=mean, accuracy_std=std)
                 measured, count = names.MEASURED_ON[args.select_on], sum(map(len, accuracies.values()))
                 found = f"{measured} accuracy {report.accuracy_text(mean, std, count)} %"
-                progress.say(f"stage {stage}, iteration {it}: {found}, syn_lr {float(synthetic.syn_lr):.5f}")
+                log0(f"stage {stage}, iteration {it}: {found}, syn_lr {float(synthetic.syn_lr):.5f}")
             if it == args.Iteration:
                 break
             loss = matcher.backward(it)

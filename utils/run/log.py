@@ -20,9 +20,9 @@ def print0(text):
 
 
 def log0(text):
-    """Print one line of the log to stderr, on rank 0."""
+    """Print one line of the log to stderr, on rank 0; a progress bar that is open stays whole."""
     if distributed.is_rank0():
-        print(text, file=sys.stderr, flush=True)
+        tqdm.write(text, file=sys.stderr)
 
 
 class _Lines:
@@ -70,11 +70,6 @@ class Progress:
     def _format(self):
         shown = {k: v if isinstance(v, str) else f"{float(v):.4g}" for k, v in self.values.items()}
         self.bar.set_postfix(shown, refresh=False)
-
-    def say(self, text):
-        """Print one line without breaking the bar."""
-        if distributed.is_rank0():
-            tqdm.write(text, file=sys.stderr)
 
     def close(self):
         if not self.bar.disable:

@@ -184,7 +184,7 @@ def test_progress_on_a_pipe_prints_whole_lines_and_asks_no_value_in_between(caps
         clock[0] += 0.06  # a minute in all
         progress.update(loss=loss, accuracy="12.5")
         if number == 500:
-            progress.say("stage 1, iteration 500: test accuracy")
+            log0("stage 1, iteration 500: test accuracy")
     progress.close()
     out, err = capsys.readouterr()
     lines = err.splitlines()
@@ -211,7 +211,7 @@ def test_other_ranks_say_and_write_nothing(path, capsys, monkeypatch):
     progress = Progress(1, "epoch")
     loss = Float()
     progress.update(loss=loss)
-    progress.say("text")
+    log0("text")
     progress.close()
     Log(path).write(loss=1.0)
     assert capsys.readouterr() == ("", "") and loss.asked == 0 and not path.exists()
