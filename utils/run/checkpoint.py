@@ -75,10 +75,8 @@ class Checkpoint:
 
     def _restore(self):
         what = "the state of an interrupted run"
-        state = files.load(self.path, what)
-        digest = state.pop("digest", None) if isinstance(state, dict) else None
-        found = None
-        if digest is None or digest != files.digest(state):
+        state, found = files.trusted(files.load(self.path, what)), None
+        if state is None:
             found = "something else, a changed file, or one of an earlier version"
         elif other := files.differing(state["config"], self.config):
             found = f"that of another run ({other})"

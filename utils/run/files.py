@@ -103,20 +103,19 @@ def load(path, what="a file written by torch.save", mmap=False):
 
 
 def save_with_digest(path, state):
-    """Save the dict `state` with its own digest, for `load_trusted`."""
+    """Save the dict `state` with its own digest, for `trusted` and `load_trusted`."""
     save(path, state | {"digest": digest(state)})
+
+
+def trusted(value):
+    """Return the dict that `save_with_digest` was given, from what `load` returned; None if it is something else."""
+    return value if isinstance(value, dict) and value.pop("digest", None) == digest(value) else None
 
 
 def load_trusted(path):
     """Return the dict that `save_with_digest` wrote to `path`; None if the file is missing, damaged or changed."""
-    if not Path(path).exists():
-        return None
-    try:
-        found = load(path)
-        expected = found.pop("digest")
-    except (UserError, AttributeError, KeyError, TypeError):
-        return None
-    return found if expected == digest(found) else None
+    with contextlib.suppress(UserError):
+        return trusted(load(path))
 
 
 def digest(value):
