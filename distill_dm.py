@@ -39,7 +39,7 @@ OOM_ADVICE = "--batch_real, --batch_size or a narrower --model"
 
 def parse():
     parser = Parser(__doc__)
-    dm.add_options(parser, "begin at this stage (from 0)")
+    dm.add_options(parser)
     parser.add_options("evaluation in a stage", options.SELECT_ON)
     parser.add_options("real images", options.DROP_EASY)
     parser.add_options("speed", dm.SPEED)

@@ -40,7 +40,7 @@ PRETRAIN = [("--pretrain", FLAG, False, "make the networks of --pt_from and --pt
 
 def parse():
     parser = Parser(__doc__)
-    idc_options.add_options(parser, "begin at this stage (from 0)")
+    idc_options.add_options(parser)
     parser.add_options("evaluation in a stage", options.SELECT_ON)
     parser.add_options("real images", options.DROP_EASY)
     parser.add_options("speed", idc_options.SPEED + PRETRAIN)

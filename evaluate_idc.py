@@ -50,7 +50,7 @@ def parse():
     parser, first = Parser(__doc__), Parser(add_help=False)
     first.add_options("", EVALUATION[:1])
     method = METHODS[first.parse_known_args()[0].method]  # which other options there are
-    method.add_options(parser, "accepted, for the distillation's own command line; all stages are evaluated")
+    method.add_options(parser)
     parser.add_options("evaluation", options.EVALUATION + EVALUATION)
     parser.add_options("machine", options.MACHINE)
     args = method.resolve(parser)

@@ -43,10 +43,10 @@ MATCHING = [
 SPEED = [(names, kind, default, f"--transition union: {text}") for names, kind, default, text in idc.SPEED]
 
 
-def add_options(parser, start_interval):
-    """Declare the options that distillation and evaluation share; `start_interval` is the help of --start-interval."""
+def add_options(parser):
+    """Declare the options that distillation and evaluation share."""
     replaced = {"network": NETWORK, "matching": [*MATCHING, *idc.SEED]}
-    for title, rows in (idc.tables(start_interval) | replaced).items():
+    for title, rows in (idc.OPTIONS | replaced).items():
         parser.add_options(title, [row for row in rows if row[0] != "--time" and not row[3].startswith(UNUSED)])
 
 

@@ -77,130 +77,124 @@ def features(text):
     return text if "," in text else int(text)  # earlier versions kept a number
 
 
-def add_options(parser, start_interval):
-    """Declare the options that distillation and evaluation share; `start_interval` is the help of --start-interval."""
-    for title, rows in tables(start_interval).items():
+# The options that distillation and evaluation share, {group: table}.
+OPTIONS = {
+    "data": [
+        ("-d --dataset", (*info.IDC_NAMES, "speech"), "cifar10", "data set; folder: your own images"),
+        ("--data_dir", str, "data", "folder of the data set; downloaded there if possible"),
+        ("--imagenet_dir", str, "data/imagenet", "folder of ImageNet"),
+        ("--nclass", COUNT, 10, "classes of imagenet, of the published list of 100"),
+        ("--dseed", NATURAL, 0, "seed of the choice of imagenet's classes; 0 takes the first of the list"),
+        ("--size", COUNT, 224, f"pixels of imagenet and of own images (folder: {datasets.RES})"),
+        ("-l --load_memory", truth, True, f"{UNUSED}: data stay in memory"),
+        ("-j --workers", NATURAL, 8, f"{UNUSED}: there are no loaders"),
+    ],
+    "network": [
+        ("-n --net_type", NET_TYPES, "convnet", "network"),
+        ("--norm_type", ("batch", "instance", "sn", "none"), "instance", "its normalisation"),
+        ("--depth", COUNT, 10, "blocks of a convnet (3; digits: 2), or layers of another network"),
+        ("--width", POSITIVE, 1.0, "factor on its channels"),
+    ],
+    "training of networks": [
+        (
+            "--epochs",
+            COUNT,
+            300,
+            "epochs on each union, of which a transition takes a fifth (default: distill_idc.py 1000, on imagenet "
+            "3000 to 200, fewer for more images; evaluate_idc.py 500, with --last_only or --new_only 1000)",
+        ),
+        ("--batch_size", COUNT, 64, "images in a minibatch"),
+        ("--lr", POSITIVE, 0.01, "learning rate; PDD+IDC: 0.1 for tiny-imagenet, and imagenet of 100 classes"),
+        ("--momentum", RATE, 0.9, "momentum"),
+        ("--weight-decay --wd", RATE, 5e-4, "weight decay"),
+        ("--mixup", ("vanilla", "cut"), "cut", "cut: CutMix on synthetic images; vanilla: none"),
+        ("--mixup_net", ("vanilla", "cut"), "cut", "the same on real images"),
+        ("--beta", POSITIVE, 1.0, "CutMix: lambda is drawn from Beta(beta, beta)"),
+        ("--mix_p", FRACTION, 1.0, "CutMix: probability (0.5 for named sets of at most 32 pixels)"),
+        ("--dsa", truth, False, "DSA when training on synthetic images (True for named sets of at most 32 pixels)"),
+        (
+            "--dsa_strategy",
+            strategy,
+            DSA_STRATEGY,
+            "operations of DSA, joined by _, or none; cutout only without CutMix",
+        ),
+        ("--rrc", truth, True, "random resized crops if DSA is off"),
+    ],
+    "synthetic images": [
+        (
+            "-i --ipc",
+            COUNT,
+            -1,
+            "images of each class that every stage learns; needed unless --override-load-dir is read",
+        ),
+        ("-f --factor", COUNT, 1, "images on each side of one synthetic image (multi-formation)"),
+        (
+            "--decode_type",
+            ("single", "multi", "bound"),
+            "single",
+            "cut an image into factor x factor; multi: and into fewer; bound: as --batch_syn_max allows",
+        ),
+        ("--init", ("random", "noise", "mix"), "random", "what new images start from (mix if factor > 1)"),
+        ("--num-intervals", COUNT, 5, "stages P"),
+        ("--start-interval", NATURAL, 0, "begin at this stage (from 0); evaluate_idc.py evaluates all stages"),
+    ],
+    "matching": [
+        AUG_TYPE,
+        ("--match", ("feat", "grad"), "grad", "what is matched"),
+        ("--metric", METRICS, "l1", "distance"),
+        ("--bias", truth, False, "match gradients of biases and normalisations, too"),
+        ("--fc", truth, False, "match gradients of linear layers, too"),
+        ("--f_idx", features, 4, "block a, or blocks a,b, whose features are matched (--match feat)"),
+        ("--niter", niter, 500, "length of a stage: niter x 100 sweeps, inner_loop of them in each outer iteration"),
+        ("--inner_loop", COUNT, 100, "sweeps over the classes in one outer iteration"),
+        *STUDENT,
+        ("--pt_from", FROM_MINUS_ONE, -1, "start from networks pretrained for so many epochs (-1: from new ones)"),
+        ("--pt_num", COUNT, 1, "from networks of so many epochs, --pt_from and those after it"),
+        BATCH_REAL,
+        ("--batch_syn_max", COUNT, 128, "decoded images of a class in one match, at most"),
+        (
+            "--lr_img",
+            POSITIVE,
+            5e-3,
+            "learning rate of the images, scaled by ipc / 10 and (size / 32)^2; 224 instead of 32 for imagenet and "
+            "own images above 64 pixels, 28 for mnist, 8 for digits",
+        ),
+        ("--mom_img", FRACTION, 0.5, "momentum of the images"),
+        ("--reproduce", FLAG, False, "the release's settings for this data set"),
+        *SEED,
+    ],
+    "output": [
+        ("--tag", str, "", "put into the folder's name after the network"),
+        ("--name", str, "", "name of the folder in results/{dataset}, instead of the one that options give"),
+        ("--results", str, "results", "root folder of the results"),
+        ("--override-save-dir", str, None, "the folder to write to, itself"),
+        ("--override-load-dir", str, None, "the folder to read from, itself"),
+        (
+            "-s --slct_type",
+            SELECTIONS,
+            "idc",
+            "what evaluate_idc.py trains on: distilled images, random real ones, or "
+            "the file of DSA or KIP that --override-load-dir names",
+        ),
+        ("--repeat", COUNT, 1, "networks of an evaluation"),
+        ("--save_ckpt", truth, False, "save the networks of the evaluation"),
+        ("-p --print-freq", COUNT, 10, "outer iterations (PDD+DM: iterations) between two rows of the log"),
+        # Published: each of several commands learned nclass_sub classes, with networks that knew no others.
+        ("--phase", FROM_MINUS_ONE, -1, f"{UNUSED}: torchrun spreads the classes of one command over processes"),
+        ("--nclass_sub", FROM_MINUS_ONE, -1, f"{UNUSED}: torchrun spreads the classes of one command"),
+        ("--test", FLAG, False, "no evaluation in a stage; writes to {results}/test, one result at a time"),
+        ("--pretrained", FLAG, False, UNUSED),
+        ("--verbose", FLAG, False, UNUSED),
+        ("--time", FLAG, False, "print the seconds of each outer iteration"),
+        *WANDB,
+    ],
+}
+
+
+def add_options(parser):
+    """Declare the options that distillation and evaluation share."""
+    for title, rows in OPTIONS.items():
         parser.add_options(title, rows)
-
-
-def tables(start_interval):
-    """Return the options as {group: table}."""
-    return {
-        "data": [
-            ("-d --dataset", (*info.IDC_NAMES, "speech"), "cifar10", "data set; folder: your own images"),
-            ("--data_dir", str, "data", "folder of the data set; downloaded there if possible"),
-            ("--imagenet_dir", str, "data/imagenet", "folder of ImageNet"),
-            ("--nclass", COUNT, 10, "classes of imagenet, of the published list of 100"),
-            ("--dseed", NATURAL, 0, "seed of the choice of imagenet's classes; 0 takes the first of the list"),
-            ("--size", COUNT, 224, f"pixels of imagenet and of own images (folder: {datasets.RES})"),
-            ("-l --load_memory", truth, True, f"{UNUSED}: data stay in memory"),
-            ("-j --workers", NATURAL, 8, f"{UNUSED}: there are no loaders"),
-        ],
-        "network": [
-            ("-n --net_type", NET_TYPES, "convnet", "network"),
-            ("--norm_type", ("batch", "instance", "sn", "none"), "instance", "its normalisation"),
-            ("--depth", COUNT, 10, "blocks of a convnet (3; digits: 2), or layers of another network"),
-            ("--width", POSITIVE, 1.0, "factor on its channels"),
-        ],
-        "training of networks": [
-            (
-                "--epochs",
-                COUNT,
-                300,
-                "epochs on each union, of which a transition takes a fifth (default: distill_idc.py 1000, on imagenet "
-                "3000 to 200, fewer for more images; evaluate_idc.py 500, with --last_only or --new_only 1000)",
-            ),
-            ("--batch_size", COUNT, 64, "images in a minibatch"),
-            ("--lr", POSITIVE, 0.01, "learning rate; PDD+IDC: 0.1 for tiny-imagenet, and imagenet of 100 classes"),
-            ("--momentum", RATE, 0.9, "momentum"),
-            ("--weight-decay --wd", RATE, 5e-4, "weight decay"),
-            ("--mixup", ("vanilla", "cut"), "cut", "cut: CutMix on synthetic images; vanilla: none"),
-            ("--mixup_net", ("vanilla", "cut"), "cut", "the same on real images"),
-            ("--beta", POSITIVE, 1.0, "CutMix: lambda is drawn from Beta(beta, beta)"),
-            ("--mix_p", FRACTION, 1.0, "CutMix: probability (0.5 for named sets of at most 32 pixels)"),
-            ("--dsa", truth, False, "DSA when training on synthetic images (True for named sets of at most 32 pixels)"),
-            (
-                "--dsa_strategy",
-                strategy,
-                DSA_STRATEGY,
-                "operations of DSA, joined by _, or none; cutout only without CutMix",
-            ),
-            ("--rrc", truth, True, "random resized crops if DSA is off"),
-        ],
-        "synthetic images": [
-            (
-                "-i --ipc",
-                COUNT,
-                -1,
-                "images of each class that every stage learns; needed unless --override-load-dir is read",
-            ),
-            ("-f --factor", COUNT, 1, "images on each side of one synthetic image (multi-formation)"),
-            (
-                "--decode_type",
-                ("single", "multi", "bound"),
-                "single",
-                "cut an image into factor x factor; multi: and into fewer; bound: as --batch_syn_max allows",
-            ),
-            ("--init", ("random", "noise", "mix"), "random", "what new images start from (mix if factor > 1)"),
-            ("--num-intervals", COUNT, 5, "stages P"),
-            ("--start-interval", NATURAL, 0, start_interval),
-        ],
-        "matching": [
-            AUG_TYPE,
-            ("--match", ("feat", "grad"), "grad", "what is matched"),
-            ("--metric", METRICS, "l1", "distance"),
-            ("--bias", truth, False, "match gradients of biases and normalisations, too"),
-            ("--fc", truth, False, "match gradients of linear layers, too"),
-            ("--f_idx", features, 4, "block a, or blocks a,b, whose features are matched (--match feat)"),
-            (
-                "--niter",
-                niter,
-                500,
-                "length of a stage: niter x 100 sweeps, inner_loop of them in each outer iteration",
-            ),
-            ("--inner_loop", COUNT, 100, "sweeps over the classes in one outer iteration"),
-            *STUDENT,
-            ("--pt_from", FROM_MINUS_ONE, -1, "start from networks pretrained for so many epochs (-1: from new ones)"),
-            ("--pt_num", COUNT, 1, "from networks of so many epochs, --pt_from and those after it"),
-            BATCH_REAL,
-            ("--batch_syn_max", COUNT, 128, "decoded images of a class in one match, at most"),
-            (
-                "--lr_img",
-                POSITIVE,
-                5e-3,
-                "learning rate of the images, scaled by ipc / 10 and (size / 32)^2; 224 instead of 32 for imagenet and "
-                "own images above 64 pixels, 28 for mnist, 8 for digits",
-            ),
-            ("--mom_img", FRACTION, 0.5, "momentum of the images"),
-            ("--reproduce", FLAG, False, "the release's settings for this data set"),
-            *SEED,
-        ],
-        "output": [
-            ("--tag", str, "", "put into the folder's name after the network"),
-            ("--name", str, "", "name of the folder in results/{dataset}, instead of the one that options give"),
-            ("--results", str, "results", "root folder of the results"),
-            ("--override-save-dir", str, None, "the folder to write to, itself"),
-            ("--override-load-dir", str, None, "the folder to read from, itself"),
-            (
-                "-s --slct_type",
-                SELECTIONS,
-                "idc",
-                "what evaluate_idc.py trains on: distilled images, random real ones, or "
-                "the file of DSA or KIP that --override-load-dir names",
-            ),
-            ("--repeat", COUNT, 1, "networks of an evaluation"),
-            ("--save_ckpt", truth, False, "save the networks of the evaluation"),
-            ("-p --print-freq", COUNT, 10, "outer iterations (PDD+DM: iterations) between two rows of the log"),
-            # Published: each of several commands learned nclass_sub classes, with networks that knew no others.
-            ("--phase", FROM_MINUS_ONE, -1, f"{UNUSED}: torchrun spreads the classes of one command over processes"),
-            ("--nclass_sub", FROM_MINUS_ONE, -1, f"{UNUSED}: torchrun spreads the classes of one command"),
-            ("--test", FLAG, False, "no evaluation in a stage; writes to {results}/test, one result at a time"),
-            ("--pretrained", FLAG, False, UNUSED),
-            ("--verbose", FLAG, False, UNUSED),
-            ("--time", FLAG, False, "print the seconds of each outer iteration"),
-            *WANDB,
-        ],
-    }
 
 
 def resolve(parser):
