@@ -44,10 +44,7 @@ def parse():
     parser.add_options("real images", options.DROP_EASY)
     parser.add_options("speed", dm.SPEED)
     parser.add_options("machine", options.MACHINE)
-    args = dm.resolve(parser)
-    if args.start_interval >= args.num_intervals:
-        parser.error(f"--start-interval {args.start_interval}: expected less than --num-intervals {args.num_intervals}")
-    return args
+    return dm.resolve(parser)
 
 
 def main():

@@ -46,8 +46,6 @@ def parse():
     parser.add_options("speed", idc_options.SPEED + PRETRAIN)
     parser.add_options("machine", options.MACHINE)
     args = idc_options.resolve(parser)
-    if args.start_interval >= args.num_intervals:
-        parser.error(f"--start-interval {args.start_interval}: expected less than --num-intervals {args.num_intervals}")
     if args.pretrain and args.pt_from < 1:
         parser.error("--pretrain: expected --pt_from EPOCHS, the epochs to train, found none")
     return args

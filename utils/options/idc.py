@@ -241,6 +241,8 @@ def resolve_data(parser):
             parser.error(f"--{option.replace('_', '-')}: expected for evaluate_idc.py alone; leave it out")
     if args.ipc < 1 and not (args.override_load_dir and evaluates):  # an evaluation finds it in the files
         parser.error("--ipc: expected the number of images that every stage learns, found none")
+    if args.start_interval >= args.num_intervals and not evaluates:
+        parser.error(f"--start-interval {args.start_interval}: expected less than --num-intervals {args.num_intervals}")
 
     def derive(**settings):
         vars(args).update({name: value for name, value in settings.items() if name not in given})
