@@ -27,8 +27,7 @@ def decode(paths, spec):
     # Threads, because Pillow decodes and resizes without holding Python's lock.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
     with ThreadPoolExecutor(cores) as pool:
-        for _ in pool.map(work, range(len(paths))):
-            pass
+        list(pool.map(work, range(len(paths))))  # raises what the first one raised
     return images
 
 

@@ -100,9 +100,7 @@ class DatasetInfo:
 
     def as_json(self):
         """Return the dict that data.json and exports hold: everything but the whitening."""
-        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del found["whitening"]
-        return found
+        return {name: value for name, value in vars(self).items() if name != "whitening"}
 
     @classmethod
     def from_json(cls, found, where, whitening=None):
@@ -180,14 +178,10 @@ def pixel_fingerprint(arrays, class_names):
 
 
 def changes(before, now, most=3):
-    """Return in words how the data changed between two fingerprints; None if they are equal or one is None.
+    """Return in words how the data changed between two fingerprints (see `DatasetInfo`); None if they are equal.
 
-    Args:
-        before, now: fingerprints, see `DatasetInfo`.
-        most: changes to name; of the rest only the number is given.
+    Only `most` changes are named, of the rest the number is given.
     """
-    if before is None or now is None:
-        return None
     words = []
     for name in dict.fromkeys([*before["train"], *now["train"]]):
         if name not in before["train"]:

@@ -314,8 +314,7 @@ def warn_of_few_images(real, batch_size=None, ipc=None):
             f"warning: an epoch of {len(real.train)} images has {steps} steps: experts learn slowly and matching may "
             "diverge; lower --batch_train (16, say), raise --train_epochs, and distil with --lr_lr 1e-06 --lr_img 100"
         )
-    fewest = min(map(len, real.class_indices))
-    if ipc and ipc > fewest:
+    if ipc and ipc > (fewest := real.smallest_class):
         log0(f"warning: the stages learn {ipc} images of each class, more than the {fewest} real ones that a class has")
 
 

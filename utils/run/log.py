@@ -1,5 +1,6 @@
 """What a run says: results on stdout, progress on stderr, measurements as JSON lines and to Weights & Biases."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -25,15 +26,12 @@ def log0(text):
         tqdm.write(text, file=sys.stderr)
 
 
-class _Lines:
+class _Lines(io.TextIOBase):
     """A stream for tqdm that prints every state as a line of its own."""
 
     def write(self, text):
         if text := text.strip("\r\n "):
             print(text, file=sys.stderr)
-
-    def flush(self):
-        sys.stderr.flush()
 
 
 class Progress:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 import buffer_mtt
@@ -107,7 +106,7 @@ def test_presets_do_not_replace_an_option_that_is_spelled_the_other_way(monkeypa
 
 def data(per_class):
     """Two classes of so many images."""
-    return SimpleNamespace(train=range(2 * per_class), class_indices=[np.arange(per_class)] * 2)
+    return SimpleNamespace(train=range(2 * per_class), smallest_class=per_class)
 
 
 @pytest.mark.parametrize(
