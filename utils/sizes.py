@@ -46,7 +46,7 @@ class Size:
 def experts(config, info, train_images):
     """Return the `Size` of buffer_mtt.py."""
     steps = config["num_experts"] * config["train_epochs"] * -(-train_images // config["batch_train"])
-    disk = _bytes(_network(config, info, config["model"])) * (config["train_epochs"] + 1) * config["num_experts"]
+    disk = _bytes(_network(config, info)) * (config["train_epochs"] + 1) * config["num_experts"]
     return Size(f"{steps} optimiser steps", disk, lambda: _training_memory(config, info, train_images))
 
 
@@ -56,7 +56,7 @@ def mtt_distillation(config, info, train_images, num_experts):
     Args:
         num_experts: experts in the buffers.
     """
-    network, stages = _network(config, info, config["model"]), config["num_intervals"]
+    network, stages = _network(config, info), config["num_intervals"]
     later = range(config["start_interval"] + 1, stages + 1)
     entries = sum(mtt_start_epochs(config, stage).stop + config["expert_epochs"] + 2 for stage in later)
     ipcs = stage_ipcs(config["ipc"], stages)
@@ -80,7 +80,7 @@ def mtt_distillation(config, info, train_images, num_experts):
         # The union, its gradient and its running mean; the optimiser's gradient and momentum of what is learned.
         synthetic = unions[-1] * (3 if config["ema"] else 2) + 2 * learned
         base = _data_bytes(config, info, train_images) + _bytes(network) * config["syn_steps"] + synthetic
-        between = _training_bytes(config, info, config["batch_train"], config["model"])  # evaluation and transition
+        between = _training_bytes(config, info)  # evaluation and transition
         # The backward pass through a graph needs about as much again.
         return tuple(base + max(graphs * graph, between) for graphs in (2, config["syn_steps"] + 1))
 
@@ -124,8 +124,7 @@ def idc_distillation(config, info, train_images):
         how = gradient_matching.GradientMatchConfig(config["lr_img"], None, **options)
         graph = saved_bytes(lambda: gradient_matching.matching_loss(network, real, synthetic, 0, how))
         # The backward pass through a graph needs about as much again.
-        work = max(2 * graph, _training_bytes(config, info, config["batch_size"]))
-        return (_data_bytes(config, info, train_images) + work,) * 2
+        return _training_memory(config, info, train_images, matching=2 * graph)
 
     return Size(
         f"{stages} stages of {idc_iterations(config)} outer iterations of {config['inner_loop']} sweeps over "
@@ -148,12 +147,11 @@ def dm_distillation(config, info, train_images):
     def memory():
         decoded = config["ipc"] * stages * config["factor"] ** 2
         images = min(info.num_classes * decoded, max(decoded, together // info.im_size**2))
-        network = _network(config, info, config["model"]).requires_grad_(False)
+        network = _network(config, info).requires_grad_(False)
         x = _images(info, images).requires_grad_()
         graph = saved_bytes(lambda: feature_matching.features_of(network, x).sum())
         graph *= 2 if config["calibration"] else 1  # the finished expert's
-        work = max(2 * graph, _training_bytes(config, info, config["batch_size"]))
-        return (_data_bytes(config, info, train_images) + work,) * 2
+        return _training_memory(config, info, train_images, matching=2 * graph)
 
     return Size(
         f"{stages} stages of {config['Iteration']} iterations over {info.num_classes} classes",
@@ -213,15 +211,15 @@ def _data_bytes(config, info, train_images):
     return (train_images + TEST_IMAGES) * info.channel * info.im_size**2 * (4 if config.get("zca") else 1)
 
 
-def _training_memory(config, info, train_images, pool=None):
-    """Return (least, most) bytes for training networks one after the other."""
-    pool, batch = pool or [config["model"]], config.get("batch_train") or config["batch_size"]
-    largest = max(_training_bytes(config, info, batch, name) for name in pool)
+def _training_memory(config, info, train_images, pool=("self",), matching=0):
+    """Return (least, most) bytes for training networks one after the other, or for a step of `matching` bytes."""
+    largest = max(matching, *(_training_bytes(config, info, name) for name in pool))
     return (_data_bytes(config, info, train_images) + largest,) * 2
 
 
-def _training_bytes(config, info, batch, name="self"):
-    """Return the bytes for training a network on minibatches of `batch` images, and for testing it."""
+def _training_bytes(config, info, name="self"):
+    """Return the bytes for training a network on minibatches, and for testing it."""
+    batch = config.get("batch_train") or config["batch_size"]
     return _measured(_spec(config, name), tuple(info.network_shape.items()), batch)
 
 
