@@ -196,12 +196,11 @@ def form_teams(students, divisible=True):
     teams = math.gcd(students, size())
     members = size() // teams
     mine, position = divmod(rank(), members)
-    if teams == 1:
-        return Team(position, members), range(students)
-    return Team(position, members, _groups(teams, members)[mine]), range(mine, students, teams)
+    group = _group(members) if 1 < members < size() else None
+    return Team(position, members, group), range(mine, students, teams)
 
 
-@functools.cache  # stages share them
-def _groups(teams, members):
-    """Return the groups of `teams` teams; every rank must take part in making each."""
-    return [dist.new_group(list(range(t * members, (t + 1) * members)), timeout=TIMEOUT) for t in range(teams)]
+@functools.cache  # stages share it
+def _group(members):
+    """Return this rank's group of `members` ranks; every rank must take part in making it."""
+    return dist.new_subgroups(members, timeout=TIMEOUT)[0]
