@@ -5,7 +5,7 @@ from torch import nn
 from networks.layers import is_padded_28
 
 
-class AlexNet(nn.Module):
+class AlexNet(nn.Sequential):
     """AlexNet for (N, channel, im_size, im_size) input, (N, num_classes) logits; at least 8 pixels."""
 
     def __init__(self, channel, num_classes, im_size):
@@ -29,7 +29,5 @@ class AlexNet(nn.Module):
             nn.ReLU(),
             nn.MaxPool2d(2),
         )
+        self.flatten = nn.Flatten()
         self.fc = nn.Linear(192 * size * size, num_classes)
-
-    def forward(self, x):
-        return self.fc(self.features(x).flatten(1))

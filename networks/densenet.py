@@ -24,19 +24,18 @@ class DenseLayer(nn.Module):
         return torch.cat([y, x], 1)
 
 
-class Transition(nn.Module):
+class Transition(nn.Sequential):
     """Halves channels and size between two dense blocks."""
 
     def __init__(self, inputs):
         super().__init__()
         self.bn = nn.BatchNorm2d(inputs)
+        self.relu = nn.ReLU()
         self.conv = nn.Conv2d(inputs, inputs // 2, 1, bias=False)
-
-    def forward(self, x):
-        return F.avg_pool2d(self.conv(F.relu(self.bn(x))), 2)
+        self.pool = nn.AvgPool2d(2)
 
 
-class DenseNet(nn.Module):
+class DenseNet(nn.Sequential):
     """DenseNet for (N, channel, im_size, im_size) input, (N, num_classes) logits; at least 8 pixels."""
 
     def __init__(self, channel, num_classes, im_size):
@@ -53,12 +52,7 @@ class DenseNet(nn.Module):
                 setattr(self, f"trans{block}", Transition(planes))
                 planes //= 2
         self.bn = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
         self.linear = nn.Linear(planes, num_classes)
-
-    def forward(self, x):
-        x = self.conv1(x)
-        for block in range(1, len(LAYERS) + 1):
-            x = getattr(self, f"dense{block}")(x)
-            if block < len(LAYERS):
-                x = getattr(self, f"trans{block}")(x)
-        return self.linear(F.adaptive_avg_pool2d(F.relu(self.bn(x)), 1).flatten(1))

@@ -13,7 +13,7 @@ LAYERS = {
 }
 
 
-class VGG(nn.Module):
+class VGG(nn.Sequential):
     """VGG for (N, channel, im_size, im_size) input, (N, num_classes) logits; at least 32 pixels.
 
     Args:
@@ -37,7 +37,5 @@ class VGG(nn.Module):
             blocks += [nn.Conv2d(inputs, outputs, 3, padding=padding), normalisation(norm, outputs), nn.ReLU()]
             inputs = outputs
         self.features = nn.Sequential(*blocks)
+        self.flatten = nn.Flatten()
         self.classifier = nn.Linear(512 * size * size, num_classes)
-
-    def forward(self, x):
-        return self.classifier(self.features(x).flatten(1))
