@@ -4,8 +4,6 @@ A synthetic image is a factor × factor grid; decoding cuts it up and enlarges e
 in [0, 1] here; networks see them normalised.
 """
 
-import math
-
 import torch
 from torch.nn import functional as F
 
@@ -29,13 +27,9 @@ def decode(images, factor):
     missing = -size % factor
     if missing:
         images = F.pad(images, (0, missing, 0, missing), value=PADDING)
-    part = math.ceil(size / factor)
-    parts = [
-        images[:, :, row * part : (row + 1) * part, column * part : (column + 1) * part]
-        for row in range(factor)
-        for column in range(factor)
-    ]
-    return F.interpolate(torch.cat(parts), size=(size, size), mode="bilinear", align_corners=False)
+    grid = images.unflatten(3, (factor, -1)).unflatten(2, (factor, -1))
+    parts = grid.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
+    return F.interpolate(parts, size=(size, size), mode="bilinear", align_corners=False)
 
 
 def decode_plan(count, factor, kind, bound=BOUND):
