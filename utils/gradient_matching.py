@@ -101,11 +101,6 @@ def feature_range(f_idx):
     return first, last
 
 
-def momentum_ahead(momentum, steps):
-    """Return m + m² + … + m^steps: how far `steps` steps without a gradient carry, in units of η v."""
-    return sum(momentum**power for power in range(1, steps + 1))
-
-
 def class_sweep(images, momentum_buffer, lr, momentum, gradients_of):
     """One sweep over the classes, all matched together; in place, with the result of the published loop.
 
@@ -120,23 +115,19 @@ def class_sweep(images, momentum_buffer, lr, momentum, gradients_of):
         The sum of the losses (0-dim).
     """
     classes = len(images)
-    ahead = [momentum_ahead(momentum, steps) for steps in range(classes)]
+    turns = range(classes)
+    # How far so many steps without a gradient carry, in units of η v: m + m² + …
+    ahead = [sum(momentum**power for power in range(1, steps + 1)) for steps in turns]
 
     def per_class(values):
         return torch.tensor(values, dtype=images.dtype).to(images.device, non_blocking=True).view(-1, 1, 1, 1, 1)
 
-    turns = range(classes)
     images -= lr * per_class(ahead) * momentum_buffer
     losses, gradients = gradients_of(images)
     momentum_buffer.mul_(per_class([momentum ** (c + 1) for c in turns])).add_(gradients)
     images -= lr * per_class([1 + ahead[classes - 1 - c] for c in turns]) * momentum_buffer
     momentum_buffer.mul_(per_class([momentum ** (classes - 1 - c) for c in turns]))
     return losses.sum()
-
-
-def has_spectral_norm(network):
-    """True if a convolution is spectrally normalised: then a forward pass moves what the next class starts from."""
-    return any(torch.nn.utils.parametrize.is_parametrized(module) for module in network.modules())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,13 +204,15 @@ class GradientMatcher:
         classes = self.real.info.num_classes
         rng = stream(self.seed, "sweep", self.stage, number)
         draws = [self._draw(label, number, rng) for label in range(classes)]
-        own = distributed.share(range(classes), spread=not has_spectral_norm(network))
+        # With spectral normalisation a forward pass moves what the next class starts from.
+        sequential = any(torch.nn.utils.parametrize.is_parametrized(module) for module in network.modules())
+        own, blocks = distributed.share(range(classes), spread=not sequential), self.synthetic.by_class(classes)
         losses, gradients = images.new_zeros(classes), torch.zeros_like(images)
         drawing = draws_numbers(network)
         for label in own:
             seed = int(stream(self.seed, "dropout", self.stage, number, label).integers(2**63))
             with torch_seeded(seed, images.device) if drawing else contextlib.nullcontext():
-                losses[label], gradients[label] = self._match_class(network, label, *draws[label])
+                losses[label], gradients[label] = self._match_class(network, label, blocks[label], *draws[label])
         return distributed.all_reduce_sum(losses), distributed.all_reduce_sum(gradients)
 
     def _draw(self, label, number, rng):
@@ -232,16 +225,15 @@ class GradientMatcher:
         cut = rng.permutation(decoded)[: config.batch_syn_max] if decoded > config.batch_syn_max else None
         return index, cut, config.augment.draw(1, rng)
 
-    def _match_class(self, network, label, index, cut, augmentation):
-        """Return (loss 0-dim, gradient (n, C, H, W) of the class's newest images)."""
+    def _match_class(self, network, label, block, index, cut, augmentation):
+        """Return (loss 0-dim, gradient (n, C, H, W) of the newest images of the class's `block` of the union)."""
         config, device = self.config, self.learned.device
-        block = self.synthetic.of_class(label, self.real.info.num_classes).detach().requires_grad_()
+        block = block.detach().requires_grad_()
         decoded = multi_formation.decode_class(block, config.factor, config.decode_type, config.batch_syn_max)
         if cut is not None:
             decoded = decoded[to_device(cut, device)]
-        real = self.real.train.images[to_device(index, device)].float() / 255
-        both = torch.cat([real, decoded]).sub(self.real.train.mean).div(self.real.train.std)
-        both = config.augment.apply(both, augmentation)
+        real = self.real.train.pixels(to_device(index, device))
+        both = config.augment.apply(self.real.train.normalise(torch.cat([real, decoded])), augmentation)
         loss = matching_loss(network, both[: len(real)].detach(), both[len(real) :], label, config)
         (gradient,) = torch.autograd.grad(loss, block)
         stages = len(self.synthetic.counts)

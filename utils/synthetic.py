@@ -101,11 +101,6 @@ class SyntheticSet:
         grid = self.images.view(len(self.counts), num_classes, -1, *self.images.shape[1:])
         return grid.permute(1, 2, 0, 3, 4, 5).flatten(1, 2)
 
-    def of_class(self, label, num_classes):
-        """Return the images (n, C, H, W) of one class, in the order of `by_class`."""
-        grid = self.images.view(len(self.counts), num_classes, -1, *self.images.shape[1:])
-        return grid[:, label].transpose(0, 1).flatten(0, 1)
-
     def dataset(self):
         """Return the images and targets to train on."""
         return ImageDataset(self.images.detach(), self.targets)

@@ -15,7 +15,6 @@ from utils.gradient_matching import (
     feature_range,
     matched_parameters,
     matching_loss,
-    momentum_ahead,
 )
 from utils.multi_formation import decode_class, origins
 from utils.run.streams import stream
@@ -71,11 +70,6 @@ def test_class_sweep_equals_the_published_loop(metric, bias, fc, stages):
     moved = float((images - expected).abs().max())
     assert float((found - expected).abs().max()) < 1e-10 * moved
     assert sums == pytest.approx([sum(losses[i : i + 10]) for i in (0, 10, 20)], rel=1e-10)
-
-
-def test_momentum_ahead_is_the_sum_of_powers():
-    assert momentum_ahead(0.5, 3) == 0.5 + 0.25 + 0.125
-    assert momentum_ahead(0.5, 0) == 0
 
 
 def test_every_metric_by_its_definition():
@@ -207,7 +201,8 @@ def test_more_decoded_images_than_the_limit_are_cut_at_random():
     matcher = GradientMatcher(real, union, config)
     cuts = [matcher._draw(4, 0, np.random.default_rng(seed))[1] for seed in range(20)]
     assert all(len(set(cut)) == 3 and set(cut) <= set(range(8)) for cut in cuts) and len(set(map(tuple, cuts))) > 10
+    network, block = small_network(), union.by_class(10)[4]
     for seed, cut in enumerate(cuts[:5]):
-        _, gradient = matcher._match_class(small_network(), 4, *matcher._draw(4, 0, np.random.default_rng(seed)))
+        _, gradient = matcher._match_class(network, 4, block, *matcher._draw(4, 0, np.random.default_rng(seed)))
         used = set(origins(2, 2, "single")[cut].tolist())
         assert {slot for slot in range(2) if gradient[slot].abs().sum() > 0} == used
