@@ -42,6 +42,7 @@ from utils.synthetic import PARTS, empty_set, init_subset, load_mtt, save_mtt
 from utils.trajectories import Experts, find_buffers, recorded_fingerprint, warn_of_seen_images
 from utils.trajectory_matching import TrajectoryMatcher, check_finite
 
+CHECKPOINT = "checkpoint.pt"
 SYN_MOMENTUM = 0.5  # of both optimisers, images and syn_lr (MTT)
 OOM_ADVICE = "--kept_steps 0, --slice_size, --batch_syn, --batch_train, --num_eval or a narrower --model"
 
@@ -91,11 +92,13 @@ def main():
 
 def distil_stage(stage, run):
     """Learn the subset of `stage` (from 1), then make the experts of the next one."""
-    summary = names.read_mtt_stage(run.folder(stage))
+    summary, folder = names.read_mtt_stage(run.folder(stage)), run.folder(stage)
     if not summary:
         summary = learn_subset(stage, run)
-        run.save_summary(stage, summary)
-    run.remove_checkpoint(stage)
+        distributed.on_rank0(lambda: files.write_json(folder / names.STAGE_FILE, summary))
+    if distributed.is_rank0():
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+    forget_finished(folder, "evaluation")
     done = "done already" if summary["complete"] else "best"
     log0(f"stage {stage}: {done}, {summary['best_accuracy']:.2f} % at iteration {summary['best_iteration']}")
     if summary["complete"]:
@@ -108,7 +111,7 @@ def distil_stage(stage, run):
         )
     if stage < run.args.num_intervals:
         transition(stage, run)
-    run.save_summary(stage, summary | {"complete": True})
+    distributed.on_rank0(lambda: files.write_json(folder / names.STAGE_FILE, summary | {"complete": True}))
 
 
 def learn_subset(stage, run):
@@ -132,7 +135,7 @@ def learn_subset(stage, run):
     state = {"learned": synthetic.learned, "syn_lr": synthetic.syn_lr, **optimizers, "best": best, "log": log}
     state |= {"mean": shown.learned} if args.ema else {}
     state |= {"labels": synthetic.learned_soft} if args.soft_labels else {}
-    path = run.folder(stage) / "checkpoint.pt"
+    path = run.folder(stage) / CHECKPOINT
     with Checkpoint(path, args.checkpoint_minutes, options.config_of(args), **state) as checkpoint:
         log.begin()
         run.keep_best(stage, best["iteration"])
@@ -369,15 +372,6 @@ class Run:
                 if (path := self.folder(stage) / name.format(iteration)).exists():
                     with files.atomic(path.with_name(name.format("best"))) as file:
                         file.write(path.read_bytes())
-
-    def save_summary(self, stage, summary):
-        """Write what is known of a stage, whose files are all there for every rank."""
-        distributed.on_rank0(lambda: files.write_json(self.folder(stage) / names.STAGE_FILE, summary))
-
-    def remove_checkpoint(self, stage):
-        if distributed.is_rank0():
-            (self.folder(stage) / "checkpoint.pt").unlink(missing_ok=True)
-        forget_finished(self.folder(stage), "evaluation")
 
 
 if __name__ == "__main__":
