@@ -6,7 +6,7 @@
 base-methods  PDD in 5 stages; one stage with as many iterations and epochs of evaluation as one of them; one stage with
               as many as all together
 stages        1, 2, 5 and 10 stages, 10 images per class and the same iterations in all
-experts       PDD+MTT with 3, 6, 12 and 24 experts
+experts       PDD+MTT with 3, 6, 12 and 24 experts, in 2 stages: each stage trains all of them anew
 larger        10, 50 and 100 images per class, in 5 stages and in one with as many iterations
 
 Options after -- go to every script that knows them. The same command again continues a study; studies of one --out
@@ -40,7 +40,7 @@ ALL = reproduce.STAGES
 STUDIES = {
     "base-methods": ([10], [(ALL, 1), (1, 1), (1, ALL)], [None]),
     "stages": ([10], [(1, ALL), (2, ALL / 2), (5, ALL / 5), (10, ALL / 10)], [None]),
-    "experts": ([10], [(ALL, 1)], [3, 6, 12, 24]),
+    "experts": ([10], [(2, ALL / 2)], [3, 6, 12, 24]),
     "larger": ([10, 50, 100], [(ALL, 1), (1, ALL)], [None]),
 }
 OWN = {"seed", "tag", "ipc", "num_intervals", "buffer_path", "results", "root_log_dir", "save_path"}  # set here
