@@ -128,7 +128,7 @@ def test_training_is_sgd_with_momentum_weight_decay_and_milestones():
     assert [float(loss) for loss in losses] == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("model", ["ConvNetW32", "ConvNetBN", "ResNet10"])
+@pytest.mark.parametrize("model", ["ConvNetW32", "ConvNetBN", pytest.param("ResNet10", marks=pytest.mark.long)])
 def test_bfloat16_trains_to_nearly_the_same(model):
     """Parameters stay in float32, and the same steps give the same bits."""
     found = []
