@@ -54,7 +54,7 @@ TABLES = {
     ],
     "scaling": [[None] * len(GPUS)],
 }
-LONG = ("checkpoint", "experts", "loading")
+LONG = ("breakdown", "checkpoint", "experts", "idc_sweep", "loading", "memory")
 
 
 def works(device):

@@ -146,6 +146,7 @@ def test_stages_agree_with_one_process_to_rounding(shape, spread, distilled):
     assert not [name for name in found if name.endswith((".part", "checkpoint.pt"))]
 
 
+@pytest.mark.long
 @shapes
 def test_a_killed_rank_ends_the_job_and_torchruns_restart_resumes(shape, spread, buffers, tmp_path):
     arguments = [*STAGES, *SHORT, "--buffer_path", buffers, "--root_log_dir", tmp_path, "--checkpoint_minutes", 0]
@@ -166,6 +167,7 @@ def idc(tmp_path_factory):
     return root
 
 
+@pytest.mark.long
 @shapes
 def test_idc_is_bit_identical_and_goes_on_with_another_number_of_ranks(shape, idc, tmp_path):
     arguments = [*IDC, "--results", tmp_path, "--checkpoint_minutes", 0]

@@ -201,24 +201,13 @@ def kill_step(process):
     os.kill(int(found[0]), signal.SIGKILL)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "row,stop,status,moments",
     [
         ("cifar10-mtt-ipc10", terminate, 143, ["stage 1, iteration 0"]),
-        pytest.param(
-            "cifar10-mtt-ipc10",
-            terminate,
-            143,
-            ["expert 1/2: test", "ConvNetW32, distilled"],
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            "cifar10-idc-ipc10",
-            kill_step,
-            137,
-            ["stage 1, outer iteration 2:", r"\$ .*evaluate_idc.py"],
-            marks=pytest.mark.long,
-        ),
+        ("cifar10-mtt-ipc10", terminate, 143, ["expert 1/2: test", "ConvNetW32, distilled"]),
+        ("cifar10-idc-ipc10", kill_step, 137, ["stage 1, outer iteration 2:", r"\$ .*evaluate_idc.py"]),
     ],
 )
 def test_an_interrupted_row_continues(row, stop, status, moments, reproduced, cifar_tree, tmp_path):
