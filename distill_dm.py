@@ -44,7 +44,14 @@ def parse():
     parser.add_options("real images", options.DROP_EASY)
     parser.add_options("speed", dm.SPEED)
     parser.add_options("machine", options.MACHINE)
-    return dm.resolve(parser)
+    args = dm.resolve(parser)
+    if args.transition == "union":
+        parser.refuse(("window",), "with --transition union")
+    else:
+        parser.refuse(dm.OF_UNIONS, "without --transition union")
+    if args.metric != "cf":
+        parser.refuse(("cf_alpha",), "without --metric cf")
+    return args
 
 
 def main():

@@ -61,6 +61,8 @@ def parse():
         parser.error("--zca together with --texture: whitening mixes the pixels that windows take apart; choose one")
     if args.soft_labels and args.texture:
         parser.error("--soft_labels together with --texture: a canvas shows several images under one label; choose one")
+    if not args.soft_labels:
+        parser.refuse(("soft_init", "soft_temperature", "lr_label"), "without --soft_labels")
     mtt.check_stages(parser, args)
     if args.start_interval > args.num_intervals:
         parser.error(f"--start_interval {args.start_interval} is beyond --num_intervals {args.num_intervals}")

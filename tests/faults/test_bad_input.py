@@ -62,6 +62,7 @@ CASES = [
     (D, [*STAGES, "--soft_labels", "--texture"], "--soft_labels together with --texture"),
     (D, [*STAGES, "--soft_init", "teacher"], "invalid choice: 'teacher'"),
     (D, [*STAGES, "--soft_temperature", "0"], "expected a number > 0.0, found '0'"),
+    (D, [*STAGES, "--lr_label", "1"], "--lr_label: changes nothing without --soft_labels; leave it out"),
     (D, [*STAGES, "--lr_label", "-1"], "expected a number >= 0.0, found '-1'"),
     (D, [*STAGES, "--soft_labels"], "soft_labels False there, True now"),
     (D, [*STAGES, "--ema", "1"], "expected a number >= 0.0 <= 0.9999, found '1'"),

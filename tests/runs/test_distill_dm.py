@@ -120,6 +120,9 @@ def test_what_is_refused(run, tmp_path):
     assert status == 2 and message.startswith("error: ") and message.count("\n") == 1
     status, message = run(D, "--start-interval", 3, "--results", tmp_path)
     assert status == 2 and "--start-interval 3: expected less than --num-intervals 3" in message
+    for words in (["--transition", "union", "--window", "stage"], ["--n_data", 9], ["--cf_alpha", 0.3]):
+        status, message = run(D, *words, "--results", tmp_path)
+        assert status == 2 and f"error: {words[-2]}: changes nothing with" in message
     status, message = run(E, "--method", "gm")
     assert status == 2 and "argument --method: invalid choice: 'gm'" in message
     assert not list(tmp_path.iterdir())

@@ -274,6 +274,7 @@ def test_published_files_of_another_shape_are_named(index, tensor, words, new_fo
         ("-d digits --ipc 1 --num-intervals 2 --start-interval 2", "expected less than --num-intervals 2"),
         ("-d digits --ipc 1 --start-interval 1", "found no file"),
         ("-d digits --ipc 1 --pt_from 3", "expected pretrained networks"),
+        ("-d digits --ipc 1 --pt_from 3 --transition_pool 2", "--transition_pool: changes nothing with --pt_from"),
         ("-d digits --ipc 1 --metric l3", "invalid choice"),
         ("-d imagenet --ipc 1 --nclass 101", "expected 2 to 100"),
         ("-d cifar10 --ipc 1 --data_dir /nowhere/x", "/nowhere/x"),

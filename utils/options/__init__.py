@@ -108,6 +108,12 @@ class Parser(argparse.ArgumentParser):
         found = self.parse_args(namespace=argparse.Namespace(**{action.dest: absent for action in self._actions}))
         return {name: value for name, value in vars(found).items() if value is not absent}
 
+    def refuse(self, names, where):
+        """Refuse the options `names` on the command line: they would change nothing, `where` says when."""
+        for name in self.given():
+            if name in names:
+                self.error(f"--{name}: changes nothing {where}; leave it out")
+
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of descriptions and appends the default of each option that has one."""

@@ -41,6 +41,7 @@ MATCHING = [
     ("--lr_img", POSITIVE, 0.01, "learning rate of the images (Adam), which falls to 0 as a cosine"),
 ]
 SPEED = [(names, kind, default, f"--transition union: {text}") for names, kind, default, text in idc.SPEED]
+OF_UNIONS = ("inner_loop", *(names.lstrip("-") for names, *_ in idc.STUDENT + idc.SPEED))
 
 
 def add_options(parser):
