@@ -48,8 +48,8 @@ def parse():
     args = idc_options.resolve(parser)
     if args.pretrain and args.pt_from < 1:
         parser.error("--pretrain: expected --pt_from EPOCHS, the epochs to train, found none")
-    if args.pt_from >= 0:
-        parser.refuse(("transition_batch", "transition_pool"), "with --pt_from")
+    if args.pt_from >= 0 and not args.early:  # nothing is trained before the first sweep
+        parser.refuse(("transition_batch", "transition_pool"), "with --pt_from and without --early")
     return args
 
 
